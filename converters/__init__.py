@@ -1,0 +1,1 @@
+"""Weights between Hugging Face formats and ours: name tables, readers, writers, and the command line."""

@@ -1,0 +1,143 @@
+"""The conversions themselves: read a source into memory, write a checkpoint, export a head."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+from tqdm import tqdm
+
+from converters.assemble import TensorSource, assemble, check_names, take_apart
+from converters.gguf_file import GGUFFile
+from converters.huggingface import read_head_config, read_target_config, released_head_config
+from converters.names import Slot, head_slots, target_slots
+from converters.safetensors_folder import SINGLE, SafetensorsFolder
+from jetspec_jax import checkpoint
+from jetspec_jax.config import HeadConfig, TargetConfig
+from jetspec_jax.errors import JetSpecError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+                   "added_tokens.json", "chat_template.jinja", "chat_template.json")
+HUB_FILES = ("*.json", "*.safetensors", "merges.txt", "chat_template.jinja")
+
+
+def read_target(source: Path, dtype: str | None = None, progress: bool = True) -> tuple[TargetConfig, dict]:
+    """Reads a target from a Hugging Face folder or a GGUF file.
+
+    Args:
+        dtype: of the result; None keeps the source's (float32 for GGUF).
+        progress: show a progress bar.
+
+    Returns:
+        (config, `{"params": ...}` on the default device).
+    """
+    if source.is_file():
+        gguf = GGUFFile(source)
+        return _read(gguf, gguf.config, target_slots(gguf.config), dtype, progress)
+    config, tensors = read_target_config(source), SafetensorsFolder(source)
+    if config.tie_embeddings and "lm_head.weight" in tensors.shapes:
+        _check_tied(tensors)
+    return _read(tensors, config, target_slots(config), dtype, progress)
+
+
+def read_head(source: Path, dtype: str | None = None, progress: bool = True) -> tuple[HeadConfig, dict]:
+    """Reads a released JetSpec or DFlash head; see `read_target`."""
+    config, tensors = read_head_config(source), SafetensorsFolder(source)
+    return _read(tensors, config, head_slots(config), dtype, progress)
+
+
+def convert_target(source: Path, out: Path, dtype: str | None = None, progress: bool = True,
+                   label: str | None = None) -> None:
+    """Converts a target, with its tokenizer and chat template, into a checkpoint at `out`."""
+    with checkpoint.written_beside(out) as folder:
+        config, params = read_target(source, dtype, progress)
+        save_tokenizer(source, folder / checkpoint.TOKENIZER)
+        checkpoint.save(folder, config, params, label or str(source))
+
+
+def convert_head(source: Path, out: Path, dtype: str | None = None, progress: bool = True,
+                 label: str | None = None) -> None:
+    """Converts a released head into a checkpoint at `out`."""
+    with checkpoint.written_beside(out) as folder:
+        config, params = read_head(source, dtype, progress)
+        checkpoint.save(folder, config, params, label or str(source))
+
+
+def export_head(source: Path, out: Path) -> None:
+    """Writes a head checkpoint in the released format: config.json and model.safetensors."""
+    config, params = checkpoint.load(source)
+    if not isinstance(config, HeadConfig):
+        raise JetSpecError(f"{source} holds a target; only heads can be exported")
+    names = {np.dtype(np.float32): "float32", np.dtype(np.float16): "float16", np.dtype(np.float64): "float64",
+             np.dtype(ml_dtypes.bfloat16): "bfloat16"}
+    tensors = {name: {"dtype": names[value.dtype], "shape": value.shape, "data": value.tobytes()}
+               for name, value in take_apart(params, head_slots(config))}
+    with checkpoint.written_beside(out) as folder:
+        (folder / "config.json").write_text(json.dumps(released_head_config(config), indent=2) + "\n")
+        try:
+            safetensors.serialize_file(tensors, folder / SINGLE, {"format": "pt"})
+        except safetensors.SafetensorError as error:
+            raise JetSpecError(f"cannot write {out / SINGLE}: {error}; nothing was left behind") from error
+
+
+def save_tokenizer(source: Path, folder: Path) -> None:
+    """Lets the tokenizer and chat template of a source travel along; a source without any is fine."""
+    if source.is_file():
+        GGUFFile(source).save_tokenizer(folder)
+        return
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            folder.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, folder / name)
+
+
+def resolve_source(source: str) -> Path:
+    """A local path, or the local copy of a hub id, which is downloaded with huggingface_hub's progress bar.
+
+    Raises:
+        JetSpecError: neither exists, or the hub cannot be reached.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    looks_like_id = source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith(".gguf")
+    if not looks_like_id:
+        raise JetSpecError(f"{source} does not exist, and is no hub id of the form owner/name")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=list(HUB_FILES)))
+    except Exception as error:  # network, permission and name errors come in many types
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise JetSpecError(f"{source} is no local path and cannot be fetched from the Hugging Face hub "
+                           f"({type(error).__name__}: {reason[:200]})") from error
+
+
+def _read(source: TensorSource, config: Any, slots: list[Slot], dtype: str | None, progress: bool) -> tuple[Any, dict]:
+    config = config.with_dtype(dtype or config.dtype)
+    check_names(source, slots, lambda name: _is_buffer(name) or (name == "lm_head.weight" and _tied(config)))
+    total = sum(int(np.prod(part.shape)) for slot in slots for part in slot.parts) * config.jnp_dtype.itemsize
+    with tqdm(total=total, unit="B", unit_scale=True, desc=Path(source.label).name, disable=not progress) as bar:
+        return config, assemble(source, slots, config.dtype, lambda n: bar.update(n) and None)
+
+
+def _tied(config: Any) -> bool:
+    return isinstance(config, TargetConfig) and config.tie_embeddings
+
+
+def _is_buffer(name: str) -> bool:
+    """Old checkpoints store the rotary frequencies, which follow from the config."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def _check_tied(tensors: SafetensorsFolder) -> None:
+    """A tied checkpoint may store its LM head too, if it is the embedding table."""
+    embedding = "model.embed_tokens.weight"
+    if embedding in tensors.shapes and not np.array_equal(tensors.read("lm_head.weight"), tensors.read(embedding)):
+        raise JetSpecError(f"{tensors.label}: the config ties the embeddings, but lm_head.weight differs from "
+                           f"{embedding}")

@@ -1,0 +1,174 @@
+"""Reads single or sharded safetensors without mapping them into memory; distrusts every byte of the headers."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jetspec_jax.errors import JetSpecError
+
+DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+          "BF16": np.dtype(ml_dtypes.bfloat16)}
+MAX_HEADER = 100_000_000  # as the format's own implementation allows
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+
+class SafetensorsFolder:
+    """A `TensorSource` over a Hugging Face folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.label = str(folder)
+        self._entries: dict[str, _Entry] = {}
+        for file in _weight_files(folder):
+            for name, entry in _read_header(file).items():
+                if name in self._entries:
+                    raise JetSpecError(f"tensor {name} is stored twice: in {self._entries[name].file.name} and "
+                                       f"in {file.name}")
+                self._entries[name] = entry
+        _check_index(folder, self._entries)
+        self.shapes = {name: entry.shape for name, entry in self._entries.items()}
+
+    def dtype_of(self, name: str) -> str:
+        """The stored dtype's name."""
+        return self._entries[name].dtype.name
+
+    def read(self, name: str) -> np.ndarray:
+        entry = self._entries[name]
+        count = math.prod(entry.shape)
+        values = np.fromfile(entry.file, dtype=entry.dtype, count=count, offset=entry.offset)
+        if values.size != count:
+            raise JetSpecError(f"{entry.file} is truncated in tensor {name}: download it again")
+        return values.reshape(entry.shape)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file, or a JetSpecError that names it. A name that occurs twice is refused."""
+
+    try:
+        value = json.loads(file.read_bytes(), object_pairs_hook=_no_duplicates)
+    except OSError as error:
+        raise JetSpecError(f"cannot read {file}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise JetSpecError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise JetSpecError(f"{file} should hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json.loads: a name that occurs twice in an object is an error, not the later one's victory."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} occurs twice")
+    return result
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up a checkpoint."""
+    if (folder / INDEX).exists():
+        return [folder / name for name in sorted(set(_weight_map(folder).values()))]
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) == 1:
+        return found
+    if found:
+        raise JetSpecError(f"{folder} holds {len(found)} safetensors files but no {INDEX} that says which belong "
+                           "together")
+    pickles = [file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in sorted(folder.glob(pattern))]
+    if pickles:
+        raise JetSpecError(f"{folder} holds only pickle files ({pickles[0]}), which can run code when opened and are "
+                           "refused: get the safetensors version of the model")
+    raise JetSpecError(f"{folder} holds no safetensors file ({SINGLE} or {INDEX})")
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise JetSpecError(f"{folder / INDEX} has no weight_map")
+    for name, file in weight_map.items():
+        plain = isinstance(file, str) and file not in ("", ".", "..") and not set(file) & set("/\\\0")
+        if not plain:
+            raise JetSpecError(f"{folder / INDEX}: tensor {name} points to {file!r}, which is not a file name "
+                               "inside the folder")
+        if not file.endswith(".safetensors"):
+            raise JetSpecError(f"{folder / INDEX}: tensor {name} points to {file!r}, which is no safetensors file")
+        if not (folder / file).is_file():
+            raise JetSpecError(f"{folder / file} is missing, although the index names it: download it again")
+    return weight_map
+
+
+def _check_index(folder: Path, entries: dict[str, _Entry]) -> None:
+    """The index and the shards must tell the same story."""
+    if not (folder / INDEX).exists():
+        return
+    weight_map = _weight_map(folder)
+    for name in sorted(set(weight_map) | set(entries)):
+        named, stored = weight_map.get(name), entries[name].file.name if name in entries else None
+        if named != stored:
+            raise JetSpecError(f"{folder / INDEX} and the shards disagree on tensor {name}: the index says {named}, "
+                               f"it is in {stored}")
+
+
+def _read_header(file: Path) -> dict[str, _Entry]:
+    """Names, dtypes, shapes and offsets of a safetensors file, checked against its size."""
+
+    def damaged(why: str) -> JetSpecError:
+        return JetSpecError(f"{file} is not a sound safetensors file: {why}")
+
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > MAX_HEADER or 8 + length > size:
+                raise damaged("it is truncated, or its header length is wrong")
+            header = json.loads(stream.read(length), object_pairs_hook=_no_duplicates)
+    except OSError as error:
+        raise JetSpecError(f"cannot read {file}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, JetSpecError):
+            raise
+        raise damaged(f"header: {error}") from error
+    if not isinstance(header, dict):
+        raise damaged("its header is not a JSON object")
+    header.pop("__metadata__", None)
+
+    entries, spans = {}, []
+    for name, info in header.items():
+        try:
+            dtype, shape, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]
+        except (TypeError, KeyError, ValueError) as error:
+            raise damaged(f"tensor {name} lacks dtype, shape or data_offsets") from error
+        if dtype not in DTYPES:
+            raise JetSpecError(f"{file}: tensor {name} has dtype {dtype}, supported are {', '.join(DTYPES)}; "
+                               "quantised checkpoints must be dequantised first")
+        numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
+        if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
+            raise damaged(f"tensor {name} has shape {shape} and offsets {begin}, {end}")
+        if math.prod(shape) * DTYPES[dtype].itemsize != end - begin:
+            raise damaged(f"tensor {name} of shape {shape} and dtype {dtype} does not take {end - begin} bytes")
+        spans.append((begin, end))
+        entries[name] = _Entry(file, DTYPES[dtype], tuple(shape), 8 + length + begin)
+    position = 0
+    for begin, end in sorted(spans):
+        if begin != position:
+            raise damaged("its tensors overlap or leave gaps")
+        position = end
+    if 8 + length + position != size:
+        raise damaged(f"it should have {8 + length + position} bytes and has {size} (truncated download?)")
+    return entries

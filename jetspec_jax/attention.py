@@ -1,0 +1,37 @@
+"""`attend`: the one door to attention. Every caller differs only in bits: plain decoding, chunk, block, tree."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jetspec_jax.cache import KVCache
+from pallas_kernels.tree_attention.bits import pack_bits, unpack_bits
+from pallas_kernels.tree_attention.reference import tree_attention
+
+__all__ = ["attend", "causal_bits", "pack_bits", "unpack_bits"]
+
+
+def attend(q: Array, new_k: Array, new_v: Array, visible: Array, cache: KVCache, layer: int, cached: Array) -> Array:
+    """Queries see the first `cached[b]` cache slots and those of the M new tokens that their bits allow.
+
+    Args:
+        q: [B, N, H, C].
+        new_k, new_v: [B, M, K, C].
+        visible: uint32 [B, N, ceil(M/32)].
+        cache: committed keys and values of all layers.
+        layer: which layer of the cache.
+        cached: int32 [B].
+
+    Returns:
+        [B, N, H, C].
+    """
+    with jax.named_scope("attend"):
+        return tree_attention(q, new_k, new_v, visible, cache.k, cache.v, layer, cached)
+
+
+def causal_bits(batch: int, size: int) -> Array:
+    """Token n sees tokens 0..n: uint32 [B, N, ceil(N/32)]."""
+    bits = pack_bits(jnp.tril(jnp.ones((size, size), bool)))
+    return jnp.broadcast_to(bits[None], (batch, *bits.shape))

@@ -1,0 +1,153 @@
+"""Checkpoints: Orbax arrays with a description beside them, written beside the destination and renamed.
+
+    OUT/jetspec.json    {"format": "jetspec-jax", "version": 1, "kind": "target" | "head", "config": {...}, "source": ...}
+    OUT/arrays/         the parameters, as Orbax writes them
+    OUT/tokenizer/      Hugging Face tokenizer files, where the source had them
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from jetspec_jax.config import HeadConfig, TargetConfig
+from jetspec_jax.errors import JetSpecError
+from jetspec_jax.head import head_shapes
+from jetspec_jax.target import target_shapes
+
+FORMAT, VERSION = "jetspec-jax", 1
+DESCRIPTION, ARRAYS, TOKENIZER = "jetspec.json", "arrays", "tokenizer"
+_KINDS: dict[str, Any] = {"target": (TargetConfig, target_shapes), "head": (HeadConfig, head_shapes)}
+
+
+@contextlib.contextmanager
+def written_beside(out: Path) -> Iterator[Path]:
+    """Yields a fresh folder next to `out` that becomes `out` if the block succeeds and vanishes if it does not.
+
+    Raises:
+        JetSpecError: `out` exists already, or its parent folder cannot be written.
+    """
+    if out.exists():
+        raise JetSpecError(f"{out} exists already: choose another name or remove it first")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    except OSError as error:
+        raise JetSpecError(f"cannot write into {out.parent}: {error.strerror or error}") from error
+    try:
+        beside.chmod(0o755)
+        yield beside
+        beside.rename(out)
+    except BaseException as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise JetSpecError(f"cannot write {out}: {error.strerror or error}; nothing was left behind") from error
+        raise
+
+
+def save(folder: Path, config: TargetConfig | HeadConfig, params: dict, source: str) -> None:
+    """Writes a checkpoint into the existing folder `folder` (see `written_beside`).
+
+    Args:
+        config: what the parameters belong to.
+        params: `{"params": ...}` of JAX arrays; committed ones are written without a copy.
+        source: where the parameters came from, for people to read.
+
+    Raises:
+        JetSpecError: the disk is too small or refuses the data.
+    """
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise JetSpecError(f"the disk of {folder.parent} is too full: the checkpoint needs {needed / 1e9:.2f} GB and "
+                           f"{free / 1e9:.2f} GB are free; nothing was left behind")
+    kind = "target" if isinstance(config, TargetConfig) else "head"
+    # Weights do not compress, and uncompressed single-array files need no second copy in memory.
+    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, use_compression=False, use_ocdbt=False)
+    try:
+        with ocp.Checkpointer(handler) as writer:
+            writer.save((folder / ARRAYS).absolute(), args=ocp.args.PyTreeSave(params))
+    except Exception as error:  # tensorstore reports a full disk as ValueError or OSError, by version
+        raise JetSpecError(f"writing the arrays of {folder.parent} failed, probably for lack of disk space: "
+                           f"{_first_line(error)}; nothing was left behind") from error
+    description = {"format": FORMAT, "version": VERSION, "kind": kind, "config": dataclasses.asdict(config),
+                   "source": source}
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder claims to be a checkpoint of this format."""
+    return (folder / DESCRIPTION).is_file()
+
+
+def load_config(folder: Path) -> TargetConfig | HeadConfig:
+    """Reads and checks the description of a checkpoint.
+
+    Raises:
+        JetSpecError: no checkpoint, a foreign format, a newer version, or a damaged description.
+    """
+    try:
+        description = json.loads((folder / DESCRIPTION).read_text())
+    except (OSError, ValueError) as error:
+        raise JetSpecError(f"{folder} is no readable checkpoint ({DESCRIPTION}: {_first_line(error)})") from error
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        found = description.get("format") if isinstance(description, dict) else description
+        raise JetSpecError(f"{folder} holds a foreign checkpoint: format {found!r}, expected {FORMAT!r}")
+    version = description.get("version")
+    if version != VERSION:
+        raise JetSpecError(f"{folder} has format version {version!r} and this release reads version {VERSION}: "
+                           "update jetspec-jax, or convert the original weights again")
+    if description.get("kind") not in _KINDS:
+        raise JetSpecError(f"{folder} holds a checkpoint of unknown kind {description.get('kind')!r}")
+    config_class = _KINDS[description["kind"]][0]
+    try:
+        fields = {name: tuple(value) if isinstance(value, list) else value
+                  for name, value in description["config"].items()}
+        return config_class(**fields)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise JetSpecError(f"the description of {folder} is damaged: {_first_line(error)}") from error
+
+
+def load(folder: Path, dtype: str | None = None) -> tuple[TargetConfig | HeadConfig, dict]:
+    """Loads a checkpoint onto the default device.
+
+    Args:
+        folder: what `save` wrote.
+        dtype: cast to this dtype while reading; None keeps the stored one.
+
+    Returns:
+        (config with the dtype of the arrays, `{"params": ...}`).
+
+    Raises:
+        JetSpecError: see `load_config`; or arrays that are missing, truncated or of another shape.
+    """
+    config = load_config(folder)
+    config = config.with_dtype(dtype or config.dtype)
+    shapes = _KINDS["target" if isinstance(config, TargetConfig) else "head"][1](config)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    restore = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=device,
+                                                             global_shape=leaf.shape, strict=True), shapes)
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1)) as reader:
+            params = reader.restore((folder / ARRAYS).absolute(),
+                                    args=ocp.args.PyTreeRestore(item=shapes, restore_args=restore))
+        jax.block_until_ready(params)
+    except Exception as error:  # missing files, wrong shapes and damaged data each raise another type
+        raise JetSpecError(f"the arrays of {folder} are damaged or do not match its description: "
+                           f"{_first_line(error)}; convert the original weights again") from error
+    return config, params
+
+
+def _first_line(error: BaseException) -> str:
+    """An exception's message in at most 300 characters of one line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]

@@ -1,0 +1,241 @@
+"""What every part is built from: frozen, hashable descriptions, checked when they are made."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import jax.numpy as jnp
+
+from jetspec_jax.errors import JetSpecError
+
+MAX_TREE_WIDTH = 16
+MAX_TREE_BUDGET = 1024
+FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
+Builder = Literal["accum_logp", "best_first", "chain"]
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise JetSpecError(message)
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """The shape of a stack of decoder layers, shared by target and head.
+
+    Args:
+        vocab_size: V, rows of the embedding table.
+        hidden_size: D.
+        intermediate_size: F, width of the gated MLP.
+        num_layers: L.
+        num_heads: H, query heads.
+        num_kv_heads: K, key/value heads; divides H.
+        head_dim: C, even.
+        rope_theta: base of the rotary frequencies.
+        rms_norm_eps: epsilon of every RMSNorm.
+        qk_norm: RMSNorm over C on queries and keys (Qwen3), or none (Llama).
+        qkv_bias, out_bias: whether those projections of the attention carry a bias.
+        dtype: dtype of the parameters and of the computation, a name of `FLOAT_DTYPES`.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+    qk_norm: bool = True
+    qkv_bias: bool = False
+    out_bias: bool = False
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
+                     "head_dim"):
+            value = getattr(self, name)
+            _require(is_integer(value) and value > 0, f"{name} must be a positive integer, not {value!r}")
+        _require(self.num_heads % self.num_kv_heads == 0,
+                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        _require(self.head_dim % 2 == 0, f"head_dim must be even for rotary embeddings, not {self.head_dim}")
+        for name in ("rope_theta", "rms_norm_eps"):
+            value = getattr(self, name)
+            _require(isinstance(value, int | float) and value > 0, f"{name} must be positive, not {value!r}")
+        _require(self.dtype in FLOAT_DTYPES, f"dtype {self.dtype!r} is not one of {', '.join(FLOAT_DTYPES)}")
+
+    @property
+    def jnp_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype)
+
+    def with_dtype(self, dtype: str):
+        return dataclasses.replace(self, dtype=dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetConfig(TransformerConfig):
+    """The frozen target model (Qwen3 dense; Llama-style by the switches of `TransformerConfig`).
+
+    Args:
+        max_positions: the context limit, prompt and answer together, in tokens.
+        tie_embeddings: the LM head is the embedding table.
+        eos_token_ids: any of these ends an answer.
+    """
+
+    max_positions: int = 40960
+    tie_embeddings: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(is_integer(self.max_positions) and self.max_positions > 0,
+                 f"max_positions must be a positive integer, not {self.max_positions!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig(TransformerConfig):
+    """The draft head (format of the released checkpoints, design of arXiv 2606.18394 section 3).
+
+    Args:
+        block_size: G; slot 0 is the anchor, slots 1..G-1 are drafted.
+        target_layer_ids: the T layers of the target whose outputs are tapped.
+        num_target_layers: L of the target that the head was made for.
+        mask_token_id: the token whose embedding fills slots 1..G-1.
+        causal: slots attend causally within the block (JetSpec) or to all slots (DFlash).
+    """
+
+    block_size: int
+    target_layer_ids: tuple[int, ...]
+    num_target_layers: int
+    mask_token_id: int
+    causal: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(is_integer(self.block_size) and 2 <= self.block_size <= 256,
+                 f"block_size must be an integer from 2 to 256, not {self.block_size!r}")
+        _require(len(self.target_layer_ids) > 0, "target_layer_ids is empty: the head needs at least one tapped layer")
+        bad = [i for i in self.target_layer_ids if not is_integer(i) or not 0 <= i < self.num_target_layers]
+        _require(not bad, f"target_layer_ids {bad} lie outside the target's layers 0..{self.num_target_layers - 1}")
+        _require(is_integer(self.mask_token_id) and 0 <= self.mask_token_id < self.vocab_size,
+                 f"mask_token_id {self.mask_token_id!r} lies outside the vocabulary of {self.vocab_size}")
+
+    def check_fits(self, target: TargetConfig) -> None:
+        """Raises JetSpecError if this head was made for another target than `target`."""
+        for what, mine, theirs in (("hidden size", self.hidden_size, target.hidden_size),
+                                   ("number of target layers", self.num_target_layers, target.num_layers),
+                                   ("vocabulary", self.vocab_size, target.vocab_size)):
+            _require(mine == theirs, f"the head does not fit the target: its {what} is {mine}, the target's {theirs}; "
+                                     "use the head that was trained for this target")
+
+
+@dataclass(frozen=True)
+class TreeConfig:
+    """How a draft tree is grown.
+
+    Args:
+        builder: "accum_logp" (the published default), "best_first" (DDTree) or "chain" (argmax of each depth).
+        width: W, children per node, 1 to 16; a chain ignores it.
+        budget: nodes of a tree at most, the root included.
+    """
+
+    builder: Builder = "accum_logp"
+    width: int = 7
+    budget: int = 64
+
+    def __post_init__(self) -> None:
+        _require(self.builder in get_args(Builder),
+                 f"tree builder {self.builder!r} is not one of {', '.join(get_args(Builder))}")
+        _require(is_integer(self.width) and 1 <= self.width <= MAX_TREE_WIDTH,
+                 f"tree width must be an integer from 1 to {MAX_TREE_WIDTH}, not {self.width!r}")
+        _require(is_integer(self.budget) and 1 <= self.budget <= MAX_TREE_BUDGET,
+                 f"tree budget must be an integer from 1 to {MAX_TREE_BUDGET}, not {self.budget!r}")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen; the same for plain and tree decoding.
+
+    Args:
+        temperature: 0 is greedy (the argmax); above 0, logits are divided by it.
+        top_k: keep the k most likely tokens (ties with the k-th included), or None for all.
+        top_p: keep the smallest set of most likely tokens whose probability reaches p (ties included), or None.
+            Applied after temperature and top_k, on the probabilities these leave.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        _require(isinstance(self.temperature, int | float) and 0 <= self.temperature <= 100,
+                 f"temperature must be a number from 0 to 100, not {self.temperature!r}")
+        _require(self.temperature == 0 or self.temperature >= 1e-3,
+                 f"temperature {self.temperature!r} is too small to divide by: use 0 for greedy decoding")
+        _require(self.top_k is None or (is_integer(self.top_k) and self.top_k >= 1),
+                 f"top_k must be an integer of at least 1, or None, not {self.top_k!r}")
+        _require(self.top_p is None or (isinstance(self.top_p, int | float) and 0 < self.top_p <= 1),
+                 f"top_p must be above 0 and at most 1, or None, not {self.top_p!r}")
+
+
+def default_target_layer_ids(num_layers: int, taps: int) -> tuple[int, ...]:
+    """The tapped layers of the released heads: `taps` ids spread from layer 1 to layer L-3."""
+    if taps == 1:
+        return (num_layers // 2,)
+    return tuple(round(1 + i * (num_layers - 4) / (taps - 1)) for i in range(taps))
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A target and its head by their CLI name.
+
+    Args:
+        target: the target's shape.
+        target_source: hub id of the target, or the name of a source that `pretrained.py` knows.
+        head: the head's shape, if one is known for this target.
+        head_source: hub id of the released head; None if none has been released.
+    """
+
+    target: TargetConfig
+    target_source: str
+    head: HeadConfig | None = None
+    head_source: str | None = None
+
+
+def _qwen3(d: int, f: int, layers: int, heads: int, tied: bool = False) -> TargetConfig:
+    return TargetConfig(vocab_size=151936, hidden_size=d, intermediate_size=f, num_layers=layers, num_heads=heads,
+                        num_kv_heads=8, head_dim=128, tie_embeddings=tied, eos_token_ids=(151645, 151643))
+
+
+QWEN3_8B_HEAD = HeadConfig(
+    vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_layers=5, num_heads=32, num_kv_heads=8,
+    head_dim=128, block_size=16, target_layer_ids=default_target_layer_ids(36, 5), num_target_layers=36,
+    mask_token_id=151669)
+
+SMOLLM2_135M = TargetConfig(
+    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9, num_kv_heads=3,
+    head_dim=64, rope_theta=1e5, rms_norm_eps=1e-5, qk_norm=False, dtype="float32", max_positions=8192,
+    tie_embeddings=True, eos_token_ids=(2,))
+
+# Three layers of blocks of 8 learn fastest at this scale; the mask token is <reponame>, which no text contains.
+SMOLLM2_135M_HEAD = HeadConfig(
+    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=3, num_heads=9, num_kv_heads=3,
+    head_dim=64, rope_theta=1e5, rms_norm_eps=1e-5, dtype="float32", block_size=8,
+    target_layer_ids=default_target_layer_ids(30, 5), num_target_layers=30, mask_token_id=4)
+
+PRESETS: dict[str, Preset] = {
+    "smollm2-135m": Preset(SMOLLM2_135M, "pypi:smollm2-135m", SMOLLM2_135M_HEAD),
+    "qwen3-0.6b": Preset(_qwen3(1024, 3072, 28, 16, tied=True), "Qwen/Qwen3-0.6B"),
+    "qwen3-1.7b": Preset(_qwen3(2048, 6144, 28, 16, tied=True), "Qwen/Qwen3-1.7B"),
+    "qwen3-4b": Preset(_qwen3(2560, 9728, 36, 32, tied=True), "Qwen/Qwen3-4B"),
+    "qwen3-8b": Preset(_qwen3(4096, 12288, 36, 32), "Qwen/Qwen3-8B", QWEN3_8B_HEAD, "JetSpec/jetspec-qwen3-8b"),
+    "qwen3-14b": Preset(_qwen3(5120, 17408, 40, 40), "Qwen/Qwen3-14B"),
+    "qwen3-32b": Preset(_qwen3(5120, 25600, 64, 64), "Qwen/Qwen3-32B"),
+}

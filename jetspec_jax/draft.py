@@ -1,0 +1,152 @@
+"""The seam where drafters differ: what they carry between rounds, and how they propose a tree.
+
+A drafter is a frozen description with these members; decode.py knows nothing else of it:
+
+    taps         target layers whose outputs it reads
+    nodes        N, nodes of its trees
+    max_path     R, nodes of the longest path through them
+    create(batch, slots) -> state            a state for B sequences of at most `slots` tokens
+    read_prompt(params, state, tapped, start) -> state       takes in one chunk of every prompt
+    insert(state, other, rows) -> state                      takes over freshly read prompts
+    propose(params, state, anchor, position) -> (DraftTree, state)
+    observe(state, tapped, path, count) -> state             learns which path was accepted
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array, lax
+
+from jetspec_jax.cache import KVCache
+from jetspec_jax.config import HeadConfig, TargetConfig, TreeConfig
+from jetspec_jax.head import DraftHead
+from jetspec_jax.sampling import argmax_last
+from jetspec_jax.target import Target
+from jetspec_jax.tree import DraftTree, build_tree, root_only, tree_capacity
+
+
+@struct.dataclass
+class Params:
+    """The parameters of a pair; `head` is None for plain decoding."""
+
+    target: dict
+    head: dict | None
+
+
+@dataclass(frozen=True)
+class NoDrafter:
+    """Plain decoding: every tree is its root."""
+
+    taps: tuple[int, ...] = ()
+    nodes: int = 1
+    max_path: int = 1
+
+    def create(self, batch: int, slots: int) -> None:
+        return None
+
+    def read_prompt(self, params: Params, state: None, tapped: Array, start: Array) -> None:
+        return None
+
+    def insert(self, state: None, other: None, rows: Array) -> None:
+        return None
+
+    def propose(self, params: Params, state: None, anchor: Array, position: Array) -> tuple[DraftTree, None]:
+        return root_only(anchor), None
+
+    def observe(self, state: None, tapped: Array, path: Array, count: Array) -> None:
+        return None
+
+
+@struct.dataclass
+class HeadState:
+    """What the head carries between rounds.
+
+    The tapped states of the last accepted path wait in `pending`: they enter the cache in the next draft, so that the
+    head's weights are read once a round.
+    """
+
+    cache: KVCache
+    pending: Array  # [B, R, T*D]
+    pending_count: Array  # int32 [B]
+
+
+@dataclass(frozen=True)
+class HeadDrafter:
+    """Drafts with the parallel head: one pass scores all depths, a builder grows the tree."""
+
+    target: TargetConfig
+    head: HeadConfig
+    tree: TreeConfig
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return self.head.target_layer_ids
+
+    @property
+    def nodes(self) -> int:
+        return tree_capacity(self._tree, self.head.block_size - 1)
+
+    @property
+    def max_path(self) -> int:
+        return min(self.head.block_size, self.nodes)
+
+    @property
+    def _tree(self) -> TreeConfig:
+        """A vocabulary smaller than W has no W tokens to offer."""
+        return TreeConfig(self.tree.builder, min(self.tree.width, self.head.vocab_size), self.tree.budget)
+
+    def create(self, batch: int, slots: int) -> HeadState:
+        width = len(self.taps) * self.head.hidden_size
+        return HeadState(KVCache.create(self.head, batch, slots),
+                         jnp.zeros((batch, self.max_path, width), self.target.jnp_dtype),
+                         jnp.zeros((batch,), jnp.int32))
+
+    def read_prompt(self, params: Params, state: HeadState, tapped: Array, start: Array) -> HeadState:
+        batch, rows = tapped.shape[:2]
+        positions = jnp.broadcast_to((start + jnp.arange(rows, dtype=jnp.int32))[None], (batch, rows))
+        k, v = DraftHead(self.head).apply(params.head, tapped.astype(self.head.jnp_dtype), positions,
+                                          method=DraftHead.context)
+        return state.replace(cache=state.cache.write_chunk(k, v, start))
+
+    def insert(self, state: HeadState, other: HeadState, rows: Array) -> HeadState:
+        return state.replace(cache=state.cache.insert(other.cache, rows),
+                             pending_count=state.pending_count.at[rows].set(0, mode="drop"))
+
+    def propose(self, params: Params, state: HeadState, anchor: Array, position: Array) -> tuple[DraftTree, HeadState]:
+        """Drafts after `anchor` int32 [B] at absolute `position` int32 [B] (0 for a finished sequence)."""
+        with jax.named_scope("draft"):
+            logits, k, v = self.draft_logits(params, state, anchor, position)
+            cache = state.cache.commit(k, v, position - state.pending_count, state.pending_count)
+        with jax.named_scope("tree"):
+            return self.grow(anchor, logits), state.replace(cache=cache)
+
+    def draft_logits(self, params: Params, state: HeadState, anchor: Array,
+                     position: Array) -> tuple[Array, Array, Array]:
+        """The head's forward: logits [B, G-1, V], and keys and values of the pending rows."""
+        masks = jnp.full((anchor.shape[0], self.head.block_size - 1), self.head.mask_token_id, jnp.int32)
+        slots = jnp.concatenate([anchor[:, None], masks], axis=1)
+        target = Target(self.target)
+        block = target.apply(params.target, slots, method=Target.embed).astype(self.head.jnp_dtype)
+        out = DraftHead(self.head).apply(params.head, block, position, state.pending.astype(self.head.jnp_dtype),
+                                         state.pending_count, state.cache)
+        hidden = out.hidden[:, 1:].astype(self.target.jnp_dtype)
+        return target.apply(params.target, hidden, method=Target.logits), out.k, out.v
+
+    def grow(self, anchor: Array, logits: Array) -> DraftTree:
+        """Top-W log-probabilities of each depth [B, G-1, V], then the builder."""
+        width = 1 if self._tree.builder == "chain" else self._tree.width
+        if width == 1:
+            tokens = argmax_last(logits)[..., None]
+            top = jnp.take_along_axis(logits, tokens, axis=-1)
+        else:
+            top, tokens = lax.top_k(logits, width)
+        logp = top - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        return build_tree(self._tree, anchor, tokens, logp)
+
+    def observe(self, state: HeadState, tapped: Array, path: Array, count: Array) -> HeadState:
+        """Keeps the tapped states [B, N, T*D] of the accepted path, int32 [B, R] with `count` real nodes."""
+        return state.replace(pending=jnp.take_along_axis(tapped, path[:, :, None], axis=1), pending_count=count)

@@ -1,0 +1,322 @@
+"""What a user calls: `generate` and `stream`. Everything between two fetches by the host is one device program."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jetspec_jax.config import SamplingParams, TreeConfig, is_integer
+from jetspec_jax.decode import Decoder, DecodeState, create_state, insert, prefill, run_rounds
+from jetspec_jax.draft import HeadDrafter, NoDrafter
+from jetspec_jax.errors import JetSpecError
+from jetspec_jax.pretrained import Pair
+from jetspec_jax.sampling import Sampler
+
+DEFAULT_TREE = TreeConfig()
+DEFAULT_SAMPLING = SamplingParams()
+DEFAULT_BATCH = 8
+PROMPT_CHUNK = 256  # prompt tokens per forward
+PROMPT_ROWS = 8  # prompts read together
+STREAM_ROUNDS = 4  # rounds between two fetches of a stream
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer.
+
+    Attributes:
+        text: the answer without special tokens; None without a tokenizer.
+        token_ids: the answer, an end token included.
+        accept_lengths: per round, how many tokens it added (the free token included; not clipped at the end).
+        tree_sizes: per round, how many nodes were verified.
+        rounds: how many rounds it took; the first token comes from the prompt and belongs to none.
+        finish_reason: "stop" (an end token), "length" (max_new_tokens) or "context" (the target's context limit).
+        seconds: wall-clock time from its prompt to its last token, compilation excluded.
+        prompt_seconds: the part of `seconds` that went into the prompts it was read with.
+        compile_seconds: what the whole call spent compiling, up to this answer.
+    """
+
+    text: str | None
+    token_ids: list[int]
+    accept_lengths: list[int]
+    tree_sizes: list[int]
+    rounds: int
+    finish_reason: str
+    seconds: float
+    prompt_seconds: float
+    compile_seconds: float
+
+
+@dataclass(frozen=True)
+class StreamChunk:
+    """What a few rounds added to one answer.
+
+    Attributes:
+        index: which prompt.
+        text: new text ("" without a tokenizer, or while a character is incomplete).
+        token_ids: new tokens.
+        accept_lengths: of the rounds that made them.
+        result: the whole answer, with its last chunk; None before.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    accept_lengths: list[int]
+    result: Generation | None
+
+
+def generate(pair: Pair, prompt: Prompt | Sequence[Prompt], *, max_new_tokens: int = 256,
+             batch_size: int | None = None, tree: TreeConfig | None = DEFAULT_TREE,
+             sampling: SamplingParams = DEFAULT_SAMPLING, eos_token_ids: Sequence[int] | None = None,
+             seed: int = 0) -> Any:
+    """Answers one prompt or many; losslessly: the tokens are those of plain decoding.
+
+    Args:
+        pair: from `load_pretrained`.
+        prompt: text (taken as it is; see `Pair.chat`), a list of token ids, or a list of either.
+        max_new_tokens: the longest answer, in tokens, at least 1.
+        batch_size: sequences decoded together; further prompts refill finished rows. None: all, 8 at most.
+        tree: how trees are drafted; None is plain decoding through the same forward.
+        sampling: greedy, or temperature with top-k and top-p. Noise depends on the seed, the prompt's index and the
+            position alone, so neither tree nor batch size changes what is drawn.
+        eos_token_ids: tokens that end an answer; None takes the target's, () never stops early.
+        seed: of the noise.
+
+    Returns:
+        A `Generation`, or a list of them for a list of prompts.
+
+    Raises:
+        JetSpecError: an argument that makes no sense, or a prompt that is empty or too long.
+
+    Example:
+        pair = load_pretrained("smollm2-135m")
+        print(generate(pair, pair.chat("Name three rivers."), max_new_tokens=64).text)
+    """
+    single, prompts = _as_list(prompt)
+    results: list[Any] = [None] * len(prompts)
+    for chunk in _run(pair, prompts, max_new_tokens, batch_size, tree, sampling, eos_token_ids, seed, None):
+        if chunk.result is not None:
+            results[chunk.index] = chunk.result
+    return results[0] if single else results
+
+
+def stream(pair: Pair, prompt: Prompt | Sequence[Prompt], *, max_new_tokens: int = 256,
+           batch_size: int | None = None, tree: TreeConfig | None = DEFAULT_TREE,
+           sampling: SamplingParams = DEFAULT_SAMPLING, eos_token_ids: Sequence[int] | None = None, seed: int = 0,
+           rounds_per_chunk: int = STREAM_ROUNDS) -> Iterator[StreamChunk]:
+    """The same as `generate`, telling what has been accepted every `rounds_per_chunk` rounds.
+
+    Yields:
+        `StreamChunk`s; the last one of each prompt carries its `Generation`.
+    """
+    if not is_integer(rounds_per_chunk) or rounds_per_chunk < 1:
+        raise JetSpecError(f"rounds_per_chunk must be an integer of at least 1, not {rounds_per_chunk!r}")
+    _, prompts = _as_list(prompt)
+    return _run(pair, prompts, max_new_tokens, batch_size, tree, sampling, eos_token_ids, seed, rounds_per_chunk)
+
+
+def bucket(size: int, smallest: int) -> int:
+    """The next of smallest, 1.5 smallest, 2 smallest, 3 smallest, 4 smallest, ...: few sizes, few compilations."""
+    while smallest < size:
+        if smallest + smallest // 2 >= size:
+            return smallest + smallest // 2
+        smallest *= 2
+    return smallest
+
+
+@dataclass
+class _Request:
+    """One prompt on its way."""
+
+    index: int
+    ids: list[int]
+    limit: int  # length at which it ends
+    started: float = 0.0
+    compiled_before: float = 0.0  # compile seconds when it started
+    prompt_seconds: float = 0.0
+    told: int = 0  # answer tokens streamed
+    told_rounds: int = 0
+    told_text: str = ""
+
+
+def _run(pair: Pair, prompts: list[Prompt], max_new_tokens: int, batch_size: int | None, tree: TreeConfig | None,
+         sampling: SamplingParams, eos_token_ids: Sequence[int] | None, seed: int,
+         rounds_per_chunk: int | None) -> Iterator[StreamChunk]:
+    """Checks the arguments now, decodes when iterated."""
+    decoder = Decoder(pair.target_config, _drafter(pair, tree))
+    requests = _requests(pair, prompts, max_new_tokens)
+    eos = tuple(pair.target_config.eos_token_ids if eos_token_ids is None else eos_token_ids)
+    if not all(is_integer(i) and 0 <= i < pair.target_config.vocab_size for i in eos):
+        raise JetSpecError(f"eos_token_ids {list(eos)} must be token ids from 0 to {pair.target_config.vocab_size - 1}")
+    if batch_size is not None and (not is_integer(batch_size) or batch_size < 1):
+        raise JetSpecError(f"batch_size must be an integer of at least 1, or None, not {batch_size!r}")
+    if not is_integer(seed) or not 0 <= seed < 2**32:
+        raise JetSpecError(f"seed must be an integer from 0 to 2**32 - 1, not {seed!r}")
+    rows = min(batch_size or DEFAULT_BATCH, len(requests))
+    return _Run(pair, decoder, Sampler.create(sampling), eos, seed).steps(requests, rows, rounds_per_chunk)
+
+
+class _Run:
+    """One call of `generate` or `stream`: keeps the rows full and reports what they produce."""
+
+    def __init__(self, pair: Pair, decoder: Decoder, sampler: Sampler, eos: tuple[int, ...], seed: int) -> None:
+        self.pair, self.decoder, self.sampler, self.eos = pair, decoder, sampler, eos
+        self.base_key = jax.random.key(np.uint32(seed))
+        self.compile_start = pair.programs.compile_seconds
+
+    def steps(self, requests: list[_Request], batch: int, rounds_per_chunk: int | None) -> Iterator[StreamChunk]:
+        if not requests:
+            return
+        slots = bucket(max(r.limit for r in requests) + self.decoder.drafter.max_path, 256)
+        eos = np.full((-(-max(len(self.eos), 1) // 4) * 4,), -1, np.int32)  # few sizes, few compilations
+        eos[:len(self.eos)] = self.eos
+        state = self.pair.programs(create_state, (self.decoder, batch, slots), self.sampler, jnp.asarray(eos))
+        waiting, rows = deque(requests), [None] * batch  # type: deque[_Request], list[_Request | None]
+        while waiting or any(rows):
+            state = self._refill(state, waiting, rows)
+            occupied = sum(request is not None for request in rows)
+            # With prompts waiting, stop at the first row that can be refilled; else finish them all.
+            state = self.pair.programs(run_rounds, (self.decoder,), self.pair.params, state,
+                                       jnp.int32(rounds_per_chunk or slots), jnp.int32(occupied if waiting else 1),
+                                       donate=1)
+            yield from self._report(state, rows)
+
+    def _refill(self, state: DecodeState, waiting: deque[_Request], rows: list[_Request | None]) -> DecodeState:
+        """Reads waiting prompts into free rows, a few at a time."""
+        free = deque(b for b, request in enumerate(rows) if request is None)
+        while waiting and free:
+            group = [waiting.popleft() for _ in range(min(len(waiting), len(free), PROMPT_ROWS))]
+            at = [free.popleft() for _ in group]
+            state = self._read(state, group, at)
+            for b, request in zip(at, group, strict=True):
+                rows[b] = request
+        return state
+
+    def _read(self, state: DecodeState, group: list[_Request], at: list[int]) -> DecodeState:
+        """Runs the prompts of `group` through target and drafter and puts them into rows `at`."""
+        programs, batch = self.pair.programs, state.length.shape[0]
+        start, compiled_before = time.perf_counter(), programs.compile_seconds
+        size = 1 << (len(group) - 1).bit_length()  # padded to a power of two with one-token prompts that are dropped
+        chunk = min(PROMPT_CHUNK, 1 << max(5, (max(len(r.ids) for r in group) - 1).bit_length()))
+        width = bucket(max(len(r.ids) for r in group), chunk) if chunk == PROMPT_CHUNK else chunk
+        width = -(-width // chunk) * chunk
+        tokens, count = np.zeros((size, width), np.int32), np.ones((size,), np.int32)
+        limit, row, index = count.copy(), np.full((size,), batch, np.int32), np.zeros((size,), np.uint32)
+        for i, (request, b) in enumerate(zip(group, at, strict=True)):
+            tokens[i, :len(request.ids)], count[i], limit[i] = request.ids, len(request.ids), request.limit
+            row[i], index[i] = b, request.index
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(self.base_key, index)
+        device = [jnp.asarray(a) for a in (row, tokens, count, limit)]
+        prefix = programs(prefill, (self.decoder, chunk), self.pair.params, self.sampler, device[1], device[2], keys)
+        state = programs(insert, (self.decoder,), state, prefix, *device, keys, donate=0)
+        jax.block_until_ready(state.length)
+        for request in group:
+            request.started, request.compiled_before = start, compiled_before
+            request.prompt_seconds = (time.perf_counter() - start) - (programs.compile_seconds - compiled_before)
+        return state
+
+    def _report(self, state: DecodeState, rows: list[_Request | None]) -> Iterator[StreamChunk]:
+        """One fetch for all rows; frees the rows that are done."""
+        host = jax.device_get((state.tokens, state.length, state.done, state.rounds, state.accept_lengths,
+                               state.tree_sizes))
+        for b, request in enumerate(rows):
+            if request is None:
+                continue
+            tokens, length, done, rounds, accepted, sizes = (array[b] for array in host)
+            answer = tokens[len(request.ids):length].tolist()
+            result = None
+            if done:
+                rows[b] = None
+                result = self._result(request, answer, accepted[:rounds].tolist(), sizes[:rounds].tolist())
+            chunk = StreamChunk(request.index, self._new_text(request, answer, bool(done)), answer[request.told:],
+                                accepted[request.told_rounds:rounds].tolist(), result)
+            request.told, request.told_rounds = len(answer), int(rounds)
+            yield chunk
+
+    def _result(self, request: _Request, answer: list[int], accepted: list[int], sizes: list[int]) -> Generation:
+        compiled = self.pair.programs.compile_seconds
+        reason = "length"
+        if answer[-1] in self.eos:
+            reason = "stop"
+        elif len(request.ids) + len(answer) >= self.pair.target_config.max_positions:
+            reason = "context"
+        return Generation(
+            text=self._decode(answer), token_ids=answer, accept_lengths=accepted, tree_sizes=sizes,
+            rounds=len(accepted), finish_reason=reason,
+            seconds=time.perf_counter() - request.started - (compiled - request.compiled_before),
+            prompt_seconds=request.prompt_seconds, compile_seconds=compiled - self.compile_start)
+
+    def _decode(self, ids: list[int]) -> str | None:
+        if self.pair.tokenizer is None:
+            return None
+        return self.pair.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _new_text(self, request: _Request, answer: list[int], done: bool) -> str:
+        """Text that was not streamed yet; a character whose bytes are incomplete waits for the rest."""
+        text = self._decode(answer) or ""
+        if not done and text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        new, request.told_text = text[len(request.told_text):], text
+        return new
+
+
+def _drafter(pair: Pair, tree: TreeConfig | None) -> HeadDrafter | NoDrafter:
+    if tree is None:
+        return NoDrafter()
+    if pair.head_config is None:
+        raise JetSpecError("this pair has no draft head: load one (load_pretrained(target, head=...), decode.py: "
+                           "--head), or decode plainly with tree=None")
+    return HeadDrafter(pair.target_config, pair.head_config, tree)
+
+
+def _as_list(prompt: Prompt | Sequence[Prompt]) -> tuple[bool, list[Prompt]]:
+    """(whether it was a single prompt, the prompts)."""
+    if isinstance(prompt, str):
+        return True, [prompt]
+    items = list(np.asarray(prompt).tolist() if isinstance(prompt, np.ndarray | jax.Array) else prompt)
+    if items and all(is_integer(item) or isinstance(item, np.integer) for item in items):
+        return True, [items]  # type: ignore[list-item]
+    return False, items  # type: ignore[return-value]
+
+
+def _requests(pair: Pair, prompts: list[Prompt], max_new_tokens: int) -> list[_Request]:
+    if not is_integer(max_new_tokens) or max_new_tokens < 1:
+        raise JetSpecError(f"max_new_tokens must be an integer of at least 1, not {max_new_tokens!r}")
+    limit = pair.target_config.max_positions
+    requests = []
+    for index, prompt in enumerate(prompts):
+        ids = _encode(pair, prompt, index)
+        if len(ids) >= limit:
+            raise JetSpecError(f"prompt {index} has {len(ids)} tokens and the target's context limit is {limit}, the "
+                               "answer included: shorten it")
+        requests.append(_Request(index, ids, min(len(ids) + max_new_tokens, limit)))
+    return requests
+
+
+def _encode(pair: Pair, prompt: Prompt, index: int) -> list[int]:
+    if isinstance(prompt, str):
+        if pair.tokenizer is None:
+            raise JetSpecError("this target has no tokenizer: pass token ids instead of text")
+        ids = pair.tokenizer(prompt, add_special_tokens=True)["input_ids"]
+    else:
+        try:
+            ids = [int(i) for i in prompt]
+        except (TypeError, ValueError) as error:
+            raise JetSpecError(f"prompt {index} is neither text nor a list of token ids: {prompt!r}") from error
+    if not ids:
+        raise JetSpecError(f"prompt {index} is empty: there is nothing to continue")
+    wrong = [i for i in ids if not 0 <= i < pair.target_config.vocab_size]
+    if wrong:
+        raise JetSpecError(f"prompt {index} holds token id {wrong[0]}, outside the vocabulary of "
+                           f"{pair.target_config.vocab_size}")
+    return ids

@@ -1,0 +1,164 @@
+"""The blocks that target and head are made of: RMSNorm, rotary embedding, gated MLP, one decoder layer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jetspec_jax.attention import attend
+from jetspec_jax.cache import KVCache
+from jetspec_jax.config import TransformerConfig
+
+# float32 products must be float32 on every backend (a GPU would otherwise round the operands to TF32).
+PRECISION = jax.lax.Precision.HIGHEST
+
+
+class AttentionContext(NamedTuple):
+    """What the attention of every layer of one forward shares.
+
+    Attributes:
+        cos, sin: [B, M, C/2] rotary tables of the M new rows.
+        visible: uint32 [B, N, ceil(M/32)], which new rows each query sees.
+        cache: the committed keys and values.
+        cached: int32 [B], how many cache slots each sequence sees.
+    """
+
+    cos: Array
+    sin: Array
+    visible: Array
+    cache: KVCache
+    cached: Array
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, statistics in float32 (float64 stays), as Qwen3 and Llama do."""
+
+    eps: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return wide.astype(x.dtype) * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def rotary_tables(positions: Array, head_dim: int, theta: float, dtype: jnp.dtype) -> tuple[Array, Array]:
+    """Cosines and sines of the rotary angles.
+
+    Args:
+        positions: int32 [B, M], absolute positions.
+        head_dim: C.
+        theta: frequency base.
+        dtype: dtype of the computation; the tables are float32, or float64 for float64.
+
+    Returns:
+        (cos, sin), each [B, M, C/2].
+    """
+    wide = jnp.promote_types(dtype, jnp.float32)
+    frequency = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=wide) / head_dim)  # [C/2]
+    angle = positions.astype(wide)[:, :, None] * frequency[None, None, :]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Half-split rotary embedding of x [B, M, heads, C] by tables [B, M, C/2]."""
+    first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def _dense(config: TransformerConfig, features: int, bias: bool = False) -> nn.Dense:
+    return nn.Dense(features, use_bias=bias, dtype=config.jnp_dtype, param_dtype=config.jnp_dtype, precision=PRECISION,
+                    kernel_init=nn.initializers.normal(0.02))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention. Queries, keys and values come from one product, so the input is read once."""
+
+    config: TransformerConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.qkv_proj = _dense(c, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, c.qkv_bias)
+        self.o_proj = _dense(c, c.hidden_size, c.out_bias)
+        if c.qk_norm:
+            self.q_norm = RMSNorm(c.rms_norm_eps, c.jnp_dtype)
+            self.k_norm = RMSNorm(c.rms_norm_eps, c.jnp_dtype)
+
+    def _split(self, x: Array) -> tuple[Array, Array, Array]:
+        """x [B, M, D] -> q [B, M, H, C], k and v [B, M, K, C], before norm and rotation."""
+        c = self.config
+        heads = self.qkv_proj(x).reshape(*x.shape[:2], c.num_heads + 2 * c.num_kv_heads, c.head_dim)
+        return tuple(jnp.split(heads, (c.num_heads, c.num_heads + c.num_kv_heads), axis=2))
+
+    def _keys(self, k: Array, cos: Array, sin: Array) -> Array:
+        return rotate(self.k_norm(k) if self.config.qk_norm else k, cos, sin)
+
+    def keys_values(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array]:
+        """Keys and values alone, [B, M, K, C] each, of rows that ask nothing."""
+        _, k, v = self._split(x)
+        return self._keys(k, cos, sin), v
+
+    def __call__(self, x: Array, context: AttentionContext, layer: int, queries: int) -> tuple[Array, Array, Array]:
+        """Attends with the last `queries` rows of x [B, M, D]; returns (out [B, N, D], k, v [B, M, K, C])."""
+        rows = slice(x.shape[1] - queries, None)
+        q, k, v = self._split(x)
+        with jax.named_scope("qk_norm_rope"):
+            q = q[:, rows]
+            q = rotate(self.q_norm(q) if self.config.qk_norm else q, context.cos[:, rows], context.sin[:, rows])
+            k = self._keys(k, context.cos, context.sin)
+        out = attend(q, k, v, context.visible, context.cache, layer, context.cached)
+        return self.o_proj(out.reshape(*out.shape[:2], -1)), k, v
+
+
+class MLP(nn.Module):
+    """Gated MLP: down(silu(gate(x)) * up(x)), gate and up in one product."""
+
+    config: TransformerConfig
+
+    def setup(self) -> None:
+        self.gate_up_proj = _dense(self.config, 2 * self.config.intermediate_size)
+        self.down_proj = _dense(self.config, self.config.hidden_size)
+
+    def __call__(self, x: Array) -> Array:
+        gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+        return self.down_proj(nn.silu(gate) * up)
+
+
+class DecoderLayer(nn.Module):
+    """One pre-norm decoder layer of the Qwen3 / Llama family."""
+
+    config: TransformerConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.input_layernorm = RMSNorm(c.rms_norm_eps, c.jnp_dtype)
+        self.attention = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.rms_norm_eps, c.jnp_dtype)
+        self.mlp = MLP(c)
+
+    def __call__(self, x: Array, context: AttentionContext, layer: int,
+                 extra: Array | None = None) -> tuple[Array, Array, Array]:
+        """Runs the layer on x [B, N, D].
+
+        Args:
+            extra: [B, E, D] rows that are seen but do not ask (a draft head's target features). They enter the
+                key/value projections without the input norm, before the rows of x; M = E + N.
+
+        Returns:
+            (x [B, N, D], k [B, M, K, C], v [B, M, K, C]).
+        """
+        rows = self.input_layernorm(x)
+        if extra is not None:
+            rows = jnp.concatenate([extra, rows], axis=1)
+        with jax.named_scope("attention"):
+            attended, k, v = self.attention(rows, context, layer, x.shape[1])
+        x = x + attended
+        with jax.named_scope("mlp"):
+            return x + self.mlp(self.post_attention_layernorm(x)), k, v

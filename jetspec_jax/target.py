@@ -1,0 +1,106 @@
+"""The frozen target model: Qwen3 dense, and Llama-style models by the switches of `TargetConfig`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jetspec_jax.cache import KVCache
+from jetspec_jax.config import TargetConfig
+from jetspec_jax.layers import PRECISION, AttentionContext, DecoderLayer, RMSNorm, rotary_tables
+
+
+class TargetOutput(NamedTuple):
+    """What one forward of the target returns; the cache is not written.
+
+    Attributes:
+        hidden: [B, N, D], after the final norm; `Target.logits` turns chosen rows into logits.
+        tapped: [B, N, T*D], outputs of the tapped layers side by side (raw, before any norm).
+        k, v: [L, B, N, K, C], keys and values of the N new tokens.
+    """
+
+    hidden: Array
+    tapped: Array
+    k: Array
+    v: Array
+
+
+class Target(nn.Module):
+    """Decoder-only transformer over new tokens that see a cache and, by bits, each other."""
+
+    config: TargetConfig
+
+    def setup(self) -> None:
+        c = self.config
+        init = nn.initializers.normal(0.02)
+        self.embedding = self.param("embedding", init, (c.vocab_size, c.hidden_size), c.jnp_dtype)
+        self.layers = [DecoderLayer(c) for _ in range(c.num_layers)]
+        self.norm = RMSNorm(c.rms_norm_eps, c.jnp_dtype)
+        if not c.tie_embeddings:
+            self.lm_head = self.param("lm_head", init, (c.hidden_size, c.vocab_size), c.jnp_dtype)
+
+    def __call__(self, tokens: Array, positions: Array, visible: Array, cache: KVCache, cached: Array,
+                 taps: tuple[int, ...] = ()) -> TargetOutput:
+        """One forward pass.
+
+        Args:
+            tokens: int32 [B, N].
+            positions: int32 [B, N], absolute positions (of a tree node: its depth, not its slot).
+            visible: uint32 [B, N, ceil(N/32)]; bit m of row n: token n sees token m.
+            cache: committed keys and values.
+            cached: int32 [B], how many cache slots each sequence sees.
+            taps: ids of the layers whose output is wanted.
+        """
+        c = self.config
+        cos, sin = rotary_tables(positions, c.head_dim, c.rope_theta, c.jnp_dtype)
+        context = AttentionContext(cos, sin, visible, cache, cached)
+        x = self.embed(tokens)
+        keys, values, outputs = [], [], {}
+        for i, layer in enumerate(self.layers):
+            x, k, v = layer(x, context, i)
+            keys.append(k)
+            values.append(v)
+            if i in taps:
+                outputs[i] = x
+        tapped = jnp.concatenate([outputs[i] for i in taps], axis=-1) if taps else x[..., :0]
+        return TargetOutput(self.norm(x), tapped, jnp.stack(keys), jnp.stack(values))
+
+    def embed(self, tokens: Array) -> Array:
+        """int32 [B, N] -> [B, N, D]."""
+        return self.embedding[tokens]
+
+    def logits(self, hidden: Array) -> Array:
+        """[..., D] after the final norm -> float32 (float64 for float64) [..., V]; the draft head uses it too."""
+        wide = jnp.promote_types(hidden.dtype, jnp.float32)
+        with jax.named_scope("lm_head"):
+            if self.config.tie_embeddings:
+                return jax.lax.dot_general(hidden, self.embedding, (((hidden.ndim - 1,), (1,)), ((), ())),
+                                           precision=PRECISION, preferred_element_type=wide)
+            return jax.lax.dot_general(hidden, self.lm_head, (((hidden.ndim - 1,), (0,)), ((), ())),
+                                       precision=PRECISION, preferred_element_type=wide)
+
+
+def init_target(config: TargetConfig, key: Array) -> dict:
+    """Random parameters (standard deviation 0.02) of a target: `{"params": ...}`."""
+
+    def init(key: Array) -> dict:
+        cache = KVCache.create(config, batch=1, slots=1)
+        one = jnp.zeros((1, 1), jnp.int32)
+        return Target(config).init(key, one, one, jnp.ones((1, 1, 1), jnp.uint32), cache, jnp.zeros((1,), jnp.int32),
+                                   method=_touch_all)
+
+    return jax.jit(init)(key)
+
+
+def _touch_all(module: Target, *args) -> Array:
+    """Runs everything that owns parameters, so that `init` makes them all."""
+    return module.logits(module(*args).hidden)
+
+
+def target_shapes(config: TargetConfig) -> dict:
+    """The parameters as `jax.ShapeDtypeStruct`s: the one description of names and shapes of a target."""
+    return jax.eval_shape(lambda: init_target(config, jax.random.key(0)))
