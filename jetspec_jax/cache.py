@@ -24,7 +24,7 @@ class KVCache:
         shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
         return cls(jnp.zeros(shape, config.jnp_dtype), jnp.zeros(shape, config.jnp_dtype))
 
-    def commit(self, k: Array, v: Array, start: Array, count: Array) -> KVCache:
+    def commit(self, k: Array, v: Array, start: Array, count: Array, after: Array) -> KVCache:
         """Writes the first `count[b]` of R rows at slots `start[b]...`; other slots keep their bits.
 
         A row that would fall outside the cache is dropped, never moved onto a valid slot.
@@ -32,8 +32,13 @@ class KVCache:
         Args:
             k, v: [L, B, R, K, C].
             start, count: int32 [B].
+            after: int32 [B], token ids (not negative) that follow from the forward which read this cache. The new
+                keys of the last layer exist before that layer has read the old ones: unless the write waits for the
+                forward's result, XLA copies the whole cache to keep both. (An optimization barrier is dropped on the
+                CPU before copies are placed.)
         """
         batch, rows = k.shape[1:3]
+        start = start + jnp.minimum(after, 0)
         step = jnp.arange(rows, dtype=jnp.int32)[None, :]
         slot = jnp.where(step < count[:, None], start[:, None] + step, self.k.shape[3])  # [B, R]
         sequence = jnp.broadcast_to(jnp.arange(batch, dtype=jnp.int32)[:, None], slot.shape)

@@ -154,7 +154,7 @@ def decode_round(decoder: Decoder, params: Params, state: DecodeState) -> Decode
     with jax.named_scope("commit"):
         cache = commit(state.cache, out, path, position, count)
         drafter = decoder.drafter.observe(drafter, out.tapped, path.nodes, count)
-        return _record(state, path, count, tree.size).replace(cache=cache, drafter=drafter)
+        return record(state, path, count, tree.size).replace(cache=cache, drafter=drafter)
 
 
 def run_target(decoder: Decoder, params: Params, cache: KVCache, tree: DraftTree,
@@ -179,10 +179,10 @@ def commit(cache: KVCache, out: TargetOutput, path: AcceptedPath, position: Arra
     """Writes the keys and values of the accepted path, and of nothing else."""
     rows = path.nodes[None, :, :, None, None]
     return cache.commit(jnp.take_along_axis(out.k, rows, axis=2), jnp.take_along_axis(out.v, rows, axis=2), position,
-                        count)
+                        count, after=path.tokens[:, 0])
 
 
-def _record(state: DecodeState, path: AcceptedPath, count: Array, tree_size: Array) -> DecodeState:
+def record(state: DecodeState, path: AcceptedPath, count: Array, tree_size: Array) -> DecodeState:
     """Appends the new tokens, finds out who is done, and logs the round."""
     batch, slots = state.tokens.shape
     step = jnp.arange(path.tokens.shape[1], dtype=jnp.int32)[None, :]

@@ -120,9 +120,12 @@ class HeadDrafter:
         """Drafts after `anchor` int32 [B] at absolute `position` int32 [B] (0 for a finished sequence)."""
         with jax.named_scope("draft"):
             logits, k, v = self.draft_logits(params, state, anchor, position)
-            cache = state.cache.commit(k, v, position - state.pending_count, state.pending_count)
         with jax.named_scope("tree"):
-            return self.grow(anchor, logits), state.replace(cache=cache)
+            tree = self.grow(anchor, logits)
+        with jax.named_scope("draft"):
+            cache = state.cache.commit(k, v, position - state.pending_count, state.pending_count,
+                                       after=tree.token[:, -1])
+        return tree, state.replace(cache=cache)
 
     def draft_logits(self, params: Params, state: HeadState, anchor: Array,
                      position: Array) -> tuple[Array, Array, Array]:

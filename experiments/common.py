@@ -1,0 +1,59 @@
+"""What the scripts share: model and tree options, the compilation cache, and how a user's mistake ends."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import get_args
+
+import jax
+
+from jetspec_jax import PRESETS, JetSpecError, Pair, SamplingParams, TreeConfig, load_pretrained
+from jetspec_jax.config import FLOAT_DTYPES, MAX_TREE_BUDGET, MAX_TREE_WIDTH, Builder
+from jetspec_jax.pretrained import cache_folder
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which pair, which tree, which sampling."""
+    parser.add_argument("--model", default="smollm2-135m", metavar="NAME|PATH",
+                        help=f"target: {', '.join(PRESETS)}; a converted or Hugging Face folder; a hub id "
+                             "(default %(default)s)")
+    parser.add_argument("--head", metavar="NAME|PATH", help="draft head: folder or hub id (default: the preset's)")
+    parser.add_argument("--dtype", choices=FLOAT_DTYPES, help="default: the stored one, float32 on a CPU")
+    parser.add_argument("--tree-builder", choices=get_args(Builder), default="accum_logp",
+                        help="default %(default)s")
+    parser.add_argument("--tree-width", type=int, default=7, help=f"1 to {MAX_TREE_WIDTH} (default %(default)s)")
+    parser.add_argument("--budget", type=int, default=64, help=f"nodes of a tree, the root included, 1 to "
+                                                               f"{MAX_TREE_BUDGET} (default %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-k", type=int, help="keep the k most likely tokens")
+    parser.add_argument("--top-p", type=float, help="keep the most likely tokens up to this probability")
+
+
+def tree_from(args: argparse.Namespace) -> TreeConfig:
+    return TreeConfig(args.tree_builder, args.tree_width, args.budget)
+
+
+def sampling_from(args: argparse.Namespace) -> SamplingParams:
+    return SamplingParams(args.temperature, args.top_k, args.top_p)
+
+
+def load(args: argparse.Namespace) -> Pair:
+    """Loads the pair that the options name, with compiled programs kept between runs."""
+    folder = cache_folder() / "compiled"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    return load_pretrained(args.model, args.head, dtype=args.dtype)
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Runs a script: a user's mistake is one line and status 2."""
+    try:
+        main()
+    except JetSpecError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,153 @@
+"""Answers prompts by tree decoding, streaming the text as it is accepted, and says what it took.
+
+    python experiments/decode.py --prompt "Name three rivers."
+    python experiments/decode.py --model qwen3-8b --compare-ar
+    python experiments/decode.py --model converted/target --head converted/head --prompt-file prompts.txt --json
+
+With --json the last line is one JSON object. For one prompt, `text`, `token_ids` and `accept_lengths` are its own; for
+several they are lists with one entry per prompt, while `rounds`, `tokens_per_second` and `identical` cover all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from experiments.common import add_model_arguments, load, run_main, sampling_from, tree_from
+from jetspec_jax import JetSpecError, Pair, SamplingParams, TreeConfig
+from jetspec_jax.generate import Generation, stream
+
+PROMPTS = ("Explain in a few sentences why the sky is blue.",
+           "A train travels 60 miles in 1.5 hours. What is its average speed? Think step by step.",
+           "Write a Python function that returns the n-th Fibonacci number.")
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    # A wrong option should not cost the loading of a model.
+    tree, sampling, messages = tree_from(args), sampling_from(args), read_prompts(args)
+    pair = load(args)
+    prompts = [message if args.no_chat_template else pair.chat(message, args.system) for message in messages]
+    if not pair.head_is_trained:
+        print("note: no head has been trained for this target yet; a random one drafts, so nearly nothing is accepted "
+              "and this is slower than plain decoding", file=sys.stderr)
+    answers = [answer(pair, message, prompt, i, args, tree, sampling) for i, (message, prompt) in
+               enumerate(zip(messages, prompts, strict=True))]
+    summary = summarize(answers)
+    print(f"\ntree decoding ({tree.builder}, width {tree.width}, budget {tree.budget})")
+    show(summary, answers)
+
+    report: dict[str, Any] = {"text": [a.text for a in answers], "token_ids": [a.token_ids for a in answers],
+                              "accept_lengths": [a.accept_lengths for a in answers]}
+    if len(answers) == 1:
+        report = {name: value[0] for name, value in report.items()}
+    report.update(summary)
+    if args.compare_ar:
+        plain = [answer(pair, message, prompt, i, args, None, sampling) for i, (message, prompt) in
+                 enumerate(zip(messages, prompts, strict=True))]
+        report["ar"] = summarize(plain)
+        report["identical"] = compare(answers, plain)
+        print("\nplain decoding, by the same code")
+        show(report["ar"], plain)
+        ratio = summary["tokens_per_second"] / report["ar"]["tokens_per_second"]
+        print(f"  tree / plain   {ratio:.2f}x the tokens/s; tokens identical: {report['identical']}")
+    if args.json:
+        print(json.dumps(report))
+
+
+def answer(pair: Pair, message: str, prompt: str, index: int, args: argparse.Namespace, tree: TreeConfig | None,
+           sampling: SamplingParams) -> Generation:
+    """Decodes one prompt; a tree's text is streamed to standard output."""
+    show_text = tree is not None
+    if show_text:
+        print(f"\n> {message}\n" if index else f"> {message}\n")
+    for chunk in stream(pair, prompt, max_new_tokens=args.max_new_tokens, tree=tree, sampling=sampling,
+                        seed=args.seed):
+        if show_text:
+            print(chunk.text if pair.tokenizer else " ".join(map(str, chunk.token_ids)), end="", flush=True)
+    if show_text:
+        print()
+    assert chunk.result is not None  # the last chunk carries the result
+    return chunk.result
+
+
+def summarize(answers: list[Generation]) -> dict[str, Any]:
+    """The figures of one way of decoding. The first token of an answer comes from its prompt, not from a round."""
+    tokens, rounds = sum(len(a.token_ids) for a in answers), sum(a.rounds for a in answers)
+    accepted = [n for a in answers for n in a.accept_lengths]
+    seconds = sum(a.seconds - a.prompt_seconds for a in answers)
+    return {"tokens": tokens, "rounds": rounds, "mean_accept_length": sum(accepted) / max(rounds, 1),
+            "tokens_per_second": (tokens - len(answers)) / seconds if rounds else 0.0, "decode_seconds": seconds,
+            "prompt_seconds": sum(a.prompt_seconds for a in answers),
+            "compile_seconds": sum(a.compile_seconds for a in answers)}
+
+
+def show(summary: dict[str, Any], answers: list[Generation]) -> None:
+    """Prints the figures, and how often each accepted length occurred."""
+    print(f"  tokens         {summary['tokens']} in {summary['rounds']} rounds, ended by "
+          f"{', '.join(sorted({a.finish_reason for a in answers}))}")
+    print(f"  speed          {summary['tokens_per_second']:.1f} tokens/s (apart from it: prompt "
+          f"{summary['prompt_seconds']:.2f} s, compilation {summary['compile_seconds']:.1f} s)")
+    lengths = Counter(n for a in answers for n in a.accept_lengths)
+    print(f"  accepted       {summary['mean_accept_length']:.2f} tokens a round on average, the free one included")
+    if len(lengths) > 1 or max(lengths, default=1) > 1:
+        for depth in range(1, max(lengths) + 1):
+            share = lengths[depth] / sum(lengths.values())
+            print(f"    {depth:3d} {lengths[depth]:6d} {100 * share:5.1f} % {'#' * round(40 * share)}")
+
+
+def compare(answers: list[Generation], plain: list[Generation]) -> bool:
+    """Whether all tokens are the same; says where not (a near-tie that rounding decided, in bfloat16 above all)."""
+    for i, (a, b) in enumerate(zip(answers, plain, strict=True)):
+        if a.token_ids != b.token_ids:
+            pairs = zip(a.token_ids, b.token_ids, strict=False)
+            at = next((j for j, (x, y) in enumerate(pairs) if x != y), min(len(a.token_ids), len(b.token_ids)))
+            print(f"note: prompt {i} differs from plain decoding from token {at} on", file=sys.stderr)
+    return all(a.token_ids == b.token_ids for a, b in zip(answers, plain, strict=True))
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts that the options name.
+
+    Raises:
+        JetSpecError: an unreadable file, or one without prompts.
+    """
+    if args.prompt is not None:
+        return [args.prompt]
+    if args.prompt_file is None:
+        return list(PROMPTS)
+    try:
+        lines = [line for line in args.prompt_file.read_text().splitlines() if line.strip()]
+        prompts = [json.loads(line)["prompt"] for line in lines] if args.prompt_file.suffix == ".jsonl" else lines
+    except OSError as error:
+        raise JetSpecError(f"cannot read --prompt-file {args.prompt_file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise JetSpecError(f"--prompt-file {args.prompt_file} is not UTF-8 text") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise JetSpecError(f'--prompt-file {args.prompt_file}: each line must be {{"prompt": "..."}}: {error}') from error
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise JetSpecError(f"--prompt-file {args.prompt_file} holds no prompts, or one that is no text")
+    return prompts
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--prompt", metavar="TEXT", help="default: a few prompts of our own")
+    what.add_argument("--prompt-file", metavar="F", type=Path, help='one prompt a line, or .jsonl with {"prompt": ...}')
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="of each answer (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise at a temperature above 0")
+    parser.add_argument("--system", metavar="TEXT", help="system message for the chat template")
+    parser.add_argument("--no-chat-template", action="store_true", help="continue the prompt as it is")
+    parser.add_argument("--compare-ar", action="store_true", help="decode plainly too, and compare")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    return parser
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,168 @@
+"""Where the time of a round goes, and plain decoding beside transformers: all in one run, side by side.
+
+    python experiments/round_cost.py --budget 64
+    python experiments/round_cost.py --against-transformers      # needs the extra `parity`
+
+Phases are compiled apart on the same shapes and timed in turn, so that a noisy machine disturbs all of them alike; the
+whole round is the program that decoding really runs. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.common import add_model_arguments, load, run_main, tree_from
+from jetspec_jax.config import SamplingParams
+from jetspec_jax.decode import (
+    Decoder,
+    DecodeState,
+    commit,
+    create_state,
+    insert,
+    judge,
+    prefill,
+    record,
+    run_rounds,
+    run_target,
+)
+from jetspec_jax.draft import HeadDrafter
+from jetspec_jax.generate import bucket, generate
+from jetspec_jax.pretrained import Pair
+from jetspec_jax.sampling import Sampler
+
+PROMPT = "Explain in a few sentences why the sky is blue and why sunsets are red."
+ROUNDS = 8  # of the whole program, per measurement
+
+
+def ready_state(pair: Pair, decoder: Decoder, sampling: SamplingParams, context: int) -> DecodeState:
+    """A batch of one, `context` prompt tokens read, ready for rounds that nothing ends."""
+    slots = bucket(context + 64 * ROUNDS, 256)
+    tokens = jnp.asarray(np.resize(np.arange(100, 400, dtype=np.int32), (1, context)))
+    count, keys = jnp.full((1,), context, jnp.int32), jax.random.key(0)[None]
+    sampler = Sampler.create(sampling)
+    state = create_state(decoder, 1, slots, sampler, jnp.full((4,), -1, jnp.int32))
+    prefix = jax.jit(prefill, static_argnums=(0, 1))(decoder, context, pair.params, sampler, tokens, count, keys)
+    return insert(decoder, state, prefix, jnp.zeros((1,), jnp.int32), tokens, count,
+                  jnp.full((1,), slots - decoder.drafter.max_path, jnp.int32), keys)
+
+
+def phases_of_a_round(pair: Pair, decoder: Decoder, state: DecodeState) -> dict[str, Callable[[], Any]]:
+    """The parts of `decode_round`, each compiled alone, with real inputs; and the whole of it."""
+    drafter, params = decoder.drafter, pair.params
+    position = state.length - 1
+    anchor = jnp.take_along_axis(state.tokens, position[:, None], axis=1)[:, 0]
+
+    def finish(cache: Any, draft: Any, out: Any, path: Any, sizes: Any) -> Any:
+        return (commit(cache, out, path, position, path.count),
+                drafter.observe(draft, out.tapped, path.nodes, path.count), record(state, path, path.count, sizes))
+
+    forward = jax.jit(lambda p, s: drafter.draft_logits(p, s.drafter, anchor, position))
+    keep = jax.jit(lambda d, k, v: d.cache.commit(k, v, position - d.pending_count, d.pending_count, anchor),
+                   donate_argnums=0)
+    grow = jax.jit(lambda logits: drafter.grow(anchor, logits))
+    verify = jax.jit(lambda p, s, tree: run_target(decoder, p, s.cache, tree, position))
+    decide = jax.jit(lambda s, tree, logits: judge(decoder, s, tree, logits, position))
+    end = jax.jit(finish, donate_argnums=(0, 1))
+    whole = jax.jit(run_rounds, static_argnums=0, donate_argnums=2)
+
+    logits, k, v = forward(params, state)
+    tree = grow(logits)
+    out, verdicts = verify(params, state, tree)
+    path = decide(state, tree, verdicts)
+    # Donated arguments are handed over, as in the loop, so that a phase pays for what it writes and not for a copy.
+    held = {"head": jax.tree.map(jnp.copy, state.drafter), "caches": jax.tree.map(jnp.copy, (state.cache,
+                                                                                            state.drafter)),
+            "state": jax.tree.map(jnp.copy, state)}
+
+    def timed_keep() -> Any:
+        cache = keep(held["head"], k, v)
+        held["head"] = held["head"].replace(cache=cache, pending=jnp.copy(state.drafter.pending),
+                                            pending_count=jnp.copy(state.drafter.pending_count))
+        return cache
+
+    def timed_end() -> Any:
+        cache, draft, rest = end(*held["caches"], out, path, tree.size)
+        held["caches"] = (cache, draft)
+        return rest
+
+    def timed_whole() -> Any:
+        held["state"] = whole(decoder, params, held["state"], jnp.int32(ROUNDS), jnp.int32(1))
+        # Start over before the cache is full; only the counters matter.
+        held["state"] = held["state"].replace(length=state.length + 0, done=state.done | False,
+                                              rounds=state.rounds + 0)
+        return held["state"].length
+
+    return {"draft": lambda: forward(params, state), "head commit": timed_keep, "tree": lambda: grow(logits),
+            "verify": lambda: verify(params, state, tree), "accept": lambda: decide(state, tree, verdicts),
+            "commit": timed_end, "round": timed_whole}
+
+
+def measure(phases: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median milliseconds of each phase, taken in turn; `round` is divided by the rounds it runs."""
+    times: dict[str, list[float]] = {name: [] for name in phases}
+    for i in range(repeats + 1):
+        for name, phase in phases.items():
+            start = time.perf_counter()
+            jax.block_until_ready(phase())
+            if i:  # the first run compiles
+                times[name].append((time.perf_counter() - start) * 1e3 / (ROUNDS if name == "round" else 1))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def against_transformers(pair: Pair, tokens: int, repeats: int) -> dict[str, float]:
+    """Tokens per second of plain greedy decoding, ours and transformers' generate, alternating."""
+    from experiments.torch_peer import torch_model
+
+    model, generate_peer = torch_model(pair)
+    ids = pair.tokenizer(pair.chat(PROMPT))["input_ids"]
+    ours, peers = [], []
+    for i in range(repeats + 1):
+        start = time.perf_counter()
+        answer = generate(pair, ids, max_new_tokens=tokens, tree=None, eos_token_ids=())
+        ours.append(tokens / (time.perf_counter() - start))
+        start = time.perf_counter()
+        peer = generate_peer(model, ids, tokens)
+        peers.append(tokens / (time.perf_counter() - start))
+        if i == 0 and answer.token_ids != peer:
+            print("note: the two token sequences differ (float32 near-tie)")
+    return {"ours": statistics.median(ours[1:]), "transformers": statistics.median(peers[1:]),
+            "ratio": statistics.median(a / b for a, b in zip(ours[1:], peers[1:], strict=True))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
+    parser.add_argument("--context", type=int, default=256, help="committed tokens (default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--against-transformers", action="store_true")
+    parser.add_argument("--max-new-tokens", type=int, default=96, help="per timed answer beside transformers")
+    args = parser.parse_args()
+    pair = load(args)
+    decoder = Decoder(pair.target_config, HeadDrafter(pair.target_config, pair.head_config, tree_from(args)))
+    state = ready_state(pair, decoder, SamplingParams(args.temperature, args.top_k, args.top_p), args.context)
+    times = measure(phases_of_a_round(pair, decoder, state), args.repeats)
+    models = times["draft"] + times["verify"]
+    rest = sum(times.values()) - times["round"] - models
+    print(f"one round, {decoder.drafter.nodes} nodes, {args.context} committed tokens, {jax.default_backend()}")
+    for name, value in times.items():
+        print(f"  {name:12s} {value:8.2f} ms")
+    print(f"  everything but the two forwards: {rest:.2f} ms, {100 * rest / (rest + models):.1f} % of the phases' sum")
+    report: dict[str, Any] = {"milliseconds": times, "rest_share": rest / (rest + models)}
+    if args.against_transformers:
+        report["plain"] = against_transformers(pair, args.max_new_tokens, max(args.repeats // 3, 3))
+        print("plain decoding: ours {ours:.1f} tokens/s, transformers {transformers:.1f}, ratio {ratio:.2f}".format(
+            **report["plain"]))
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,51 @@
+"""The same target in transformers on torch, to compare with (extra `parity`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from converters.assemble import take_apart
+from converters.names import target_slots
+from jetspec_jax.config import TargetConfig
+from jetspec_jax.errors import JetSpecError
+from jetspec_jax.pretrained import Pair
+
+
+def torch_model(pair: Pair) -> tuple[Any, Callable[[Any, list[int], int], list[int]]]:
+    """A transformers model with the pair's weights in float32, and a greedy `generate(model, ids, tokens)`."""
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise JetSpecError("this comparison needs torch: pip install 'jetspec-jax[parity]'") from error
+    config = pair.target_config
+    kind = "Qwen3" if config.qk_norm else "Llama"
+    model = getattr(transformers, f"{kind}ForCausalLM")(
+        getattr(transformers, f"{kind}Config")(**huggingface_fields(config)))
+    weights = {name: torch.from_numpy(np.asarray(value, np.float32))
+               for name, value in take_apart(pair.params.target, target_slots(config))}
+    model.load_state_dict(weights, strict=not config.tie_embeddings)
+    model.eval()
+
+    def generate(model: Any, ids: list[int], tokens: int) -> list[int]:
+        prompt = torch.tensor([ids])
+        with torch.inference_mode():
+            answer = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens,
+                                    min_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
+        return answer[0, len(ids):].tolist()
+
+    return model, generate
+
+
+def huggingface_fields(config: TargetConfig) -> dict[str, Any]:
+    """A target's shape in the words of a transformers config."""
+    return {"vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size, "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
+            "head_dim": config.head_dim, "rms_norm_eps": config.rms_norm_eps,
+            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+            "max_position_embeddings": config.max_positions, "tie_word_embeddings": config.tie_embeddings,
+            "attention_bias": config.qkv_bias}
