@@ -12,7 +12,7 @@ import numpy as np
 from converters.names import Slot
 from jetspec_jax.errors import JetSpecError
 
-Progress = Callable[[int], None]  # told how many bytes of the result are done
+Progress = Callable[[int], object]  # told how many bytes of the result are done
 
 
 class TensorSource(Protocol):

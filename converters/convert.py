@@ -75,7 +75,7 @@ def export_head(source: Path, out: Path) -> None:
         raise JetSpecError(f"{source} holds a target; only heads can be exported")
     names = {np.dtype(np.float32): "float32", np.dtype(np.float16): "float16", np.dtype(np.float64): "float64",
              np.dtype(ml_dtypes.bfloat16): "bfloat16"}
-    tensors = {name: {"dtype": names[value.dtype], "shape": value.shape, "data": value.tobytes()}
+    tensors: dict[str, Any] = {name: {"dtype": names[value.dtype], "shape": value.shape, "data": value.tobytes()}
                for name, value in take_apart(params, head_slots(config))}
     with checkpoint.written_beside(out) as folder:
         (folder / "config.json").write_text(json.dumps(released_head_config(config), indent=2) + "\n")
@@ -123,7 +123,7 @@ def _read(source: TensorSource, config: Any, slots: list[Slot], dtype: str | Non
     check_names(source, slots, lambda name: _is_buffer(name) or (name == "lm_head.weight" and _tied(config)))
     total = sum(int(np.prod(part.shape)) for slot in slots for part in slot.parts) * config.jnp_dtype.itemsize
     with tqdm(total=total, unit="B", unit_scale=True, desc=Path(source.label).name, disable=not progress) as bar:
-        return config, assemble(source, slots, config.dtype, lambda n: bar.update(n) and None)
+        return config, assemble(source, slots, config.dtype, bar.update)
 
 
 def _tied(config: Any) -> bool:

@@ -104,9 +104,10 @@ class GGUFFile:
 
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
         qwen2 = pre_tokenizers.Split(Regex(QWEN2_PATTERN), behavior="isolated")
-        splits = {"smollm": [pre_tokenizers.Digits(individual_digits=True), byte_level],
-                  "qwen2": [qwen2, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)],
-                  "gpt-2": [byte_level]}
+        splits: dict[str, list[Any]] = {
+            "smollm": [pre_tokenizers.Digits(individual_digits=True), byte_level],
+            "qwen2": [qwen2, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)],
+            "gpt-2": [byte_level]}
         kind, pre = self.field("tokenizer.ggml.model"), self.field("tokenizer.ggml.pre", "gpt-2")
         if kind != "gpt2" or pre not in splits:
             raise JetSpecError(f"{self.label}: tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported; "

@@ -128,7 +128,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     except UnicodeDecodeError as error:
         raise JetSpecError(f"--prompt-file {args.prompt_file} is not UTF-8 text") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise JetSpecError(f'--prompt-file {args.prompt_file}: each line must be {{"prompt": "..."}}: {error}') from error
+        raise JetSpecError(f'--prompt-file {args.prompt_file}: every line must be {{"prompt": "..."}}') from error
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise JetSpecError(f"--prompt-file {args.prompt_file} holds no prompts, or one that is no text")
     return prompts

@@ -14,14 +14,15 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.common import add_model_arguments, load, run_main, tree_from
-from jetspec_jax.config import SamplingParams
+from experiments.common import add_model_arguments, load, run_main, sampling_from, tree_from
+from jetspec_jax import JetSpecError, SamplingParams
 from jetspec_jax.decode import (
     Decoder,
     DecodeState,
@@ -55,9 +56,9 @@ def ready_state(pair: Pair, decoder: Decoder, sampling: SamplingParams, context:
                   jnp.full((1,), slots - decoder.drafter.max_path, jnp.int32), keys)
 
 
-def phases_of_a_round(pair: Pair, decoder: Decoder, state: DecodeState) -> dict[str, Callable[[], Any]]:
+def phases_of_a_round(pair: Pair, drafter: HeadDrafter, state: DecodeState) -> dict[str, Callable[[], Any]]:
     """The parts of `decode_round`, each compiled alone, with real inputs; and the whole of it."""
-    drafter, params = decoder.drafter, pair.params
+    decoder, params = Decoder(pair.target_config, drafter), pair.params
     position = state.length - 1
     anchor = jnp.take_along_axis(state.tokens, position[:, None], axis=1)[:, 0]
 
@@ -79,13 +80,12 @@ def phases_of_a_round(pair: Pair, decoder: Decoder, state: DecodeState) -> dict[
     out, verdicts = verify(params, state, tree)
     path = decide(state, tree, verdicts)
     # Donated arguments are handed over, as in the loop, so that a phase pays for what it writes and not for a copy.
-    held = {"head": jax.tree.map(jnp.copy, state.drafter), "caches": jax.tree.map(jnp.copy, (state.cache,
-                                                                                            state.drafter)),
-            "state": jax.tree.map(jnp.copy, state)}
+    held: dict[str, Any] = {"head": state.drafter, "caches": (state.cache, state.drafter), "state": state}
+    held = jax.tree.map(jnp.copy, held)
 
     def timed_keep() -> Any:
         cache = keep(held["head"], k, v)
-        held["head"] = held["head"].replace(cache=cache, pending=jnp.copy(state.drafter.pending),
+        held["head"] = replace(held["head"], cache=cache, pending=jnp.copy(state.drafter.pending),
                                             pending_count=jnp.copy(state.drafter.pending_count))
         return cache
 
@@ -97,7 +97,7 @@ def phases_of_a_round(pair: Pair, decoder: Decoder, state: DecodeState) -> dict[
     def timed_whole() -> Any:
         held["state"] = whole(decoder, params, held["state"], jnp.int32(ROUNDS), jnp.int32(1))
         # Start over before the cache is full; only the counters matter.
-        held["state"] = held["state"].replace(length=state.length + 0, done=state.done | False,
+        held["state"] = replace(held["state"], length=state.length + 0, done=state.done | False,
                                               rounds=state.rounds + 0)
         return held["state"].length
 
@@ -147,12 +147,15 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=96, help="per timed answer beside transformers")
     args = parser.parse_args()
     pair = load(args)
-    decoder = Decoder(pair.target_config, HeadDrafter(pair.target_config, pair.head_config, tree_from(args)))
-    state = ready_state(pair, decoder, SamplingParams(args.temperature, args.top_k, args.top_p), args.context)
-    times = measure(phases_of_a_round(pair, decoder, state), args.repeats)
+    if pair.head_config is None:
+        raise JetSpecError("this target has no draft head: name one with --head")
+    drafter = HeadDrafter(pair.target_config, pair.head_config, tree_from(args))
+    decoder, sampling = Decoder(pair.target_config, drafter), sampling_from(args)
+    state = ready_state(pair, decoder, sampling, args.context)
+    times = measure(phases_of_a_round(pair, drafter, state), args.repeats)
     models = times["draft"] + times["verify"]
     rest = sum(times.values()) - times["round"] - models
-    print(f"one round, {decoder.drafter.nodes} nodes, {args.context} committed tokens, {jax.default_backend()}")
+    print(f"one round, {drafter.nodes} nodes, {args.context} committed tokens, {jax.default_backend()}")
     for name, value in times.items():
         print(f"  {name:12s} {value:8.2f} ms")
     print(f"  everything but the two forwards: {rest:.2f} ms, {100 * rest / (rest + models):.1f} % of the phases' sum")

@@ -1,6 +1,6 @@
 """Checkpoints: Orbax arrays with a description beside them, written beside the destination and renamed.
 
-    OUT/jetspec.json    {"format": "jetspec-jax", "version": 1, "kind": "target" | "head", "config": {...}, "source": ...}
+    OUT/jetspec.json    {"format": "jetspec-jax", "version": 1, "kind": "target" or "head", "config": {}, "source": ""}
     OUT/arrays/         the parameters, as Orbax writes them
     OUT/tokenizer/      Hugging Face tokenizer files, where the source had them
 """

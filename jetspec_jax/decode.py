@@ -6,7 +6,8 @@ agrees with, commit that branch alone. Nothing is ever rolled back, because noth
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,9 @@ from jax import Array, lax
 from jetspec_jax.attention import causal_bits
 from jetspec_jax.cache import KVCache
 from jetspec_jax.config import TargetConfig
-from jetspec_jax.draft import HeadDrafter, NoDrafter, Params
+from jetspec_jax.draft import Drafter, Params
 from jetspec_jax.sampling import Sampler, choose
-from jetspec_jax.target import Target, TargetOutput
+from jetspec_jax.target import TargetOutput, target_forward, target_logits
 from jetspec_jax.tree import DraftTree
 from jetspec_jax.verify import AcceptedPath, accept
 
@@ -28,7 +29,7 @@ class Decoder:
     """What is static of a decoding run: the target's shape and the drafter."""
 
     target: TargetConfig
-    drafter: HeadDrafter | NoDrafter
+    drafter: Drafter
 
 
 @struct.dataclass
@@ -44,7 +45,7 @@ class DecodeState:
     limit: Array  # int32 [B], length at which the sequence must end
     done: Array  # bool [B]
     cache: KVCache  # of the target
-    drafter: object  # what the drafter carries
+    drafter: Any  # what the drafter carries
     sampler: Sampler
     keys: Array  # [B] random keys, one per sequence
     eos: Array  # int32 [E], token ids that end a sequence; -1 matches none
@@ -58,7 +59,7 @@ class Prefix:
     """Prompts that have been read: caches, and the token that follows each."""
 
     cache: KVCache
-    drafter: object
+    drafter: Any
     first_token: Array  # int32 [R]
 
 
@@ -92,16 +93,16 @@ def prefill(decoder: Decoder, chunk: int, params: Params, sampler: Sampler, toke
     """
     batch, width = tokens.shape
     visible = causal_bits(batch, chunk)
-    target = Target(decoder.target)
 
-    def read(i: Array, carry: tuple[KVCache, object, Array]) -> tuple[KVCache, object, Array]:
+    def read(i: Array, carry: tuple[KVCache, Any, Array]) -> tuple[KVCache, Any, Array]:
         cache, drafter, last = carry
         start = i * chunk
         positions = jnp.broadcast_to((start + jnp.arange(chunk, dtype=jnp.int32))[None], (batch, chunk))
         piece = lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1)
         # A prompt that ended in an earlier chunk has nothing left to attend to.
         cached = jnp.where(start < count, start, 0)
-        out = target.apply(params.target, piece, positions, visible, cache, cached, decoder.drafter.taps)
+        out = target_forward(decoder.target, params.target, piece, positions, visible, cache, cached,
+                             decoder.drafter.taps)
         final = jnp.clip(count - 1 - start, 0, chunk - 1)
         here = (count > start) & (count <= start + chunk)
         last = jnp.where(here[:, None], jnp.take_along_axis(out.hidden, final[:, None, None], axis=1)[:, 0], last)
@@ -112,7 +113,7 @@ def prefill(decoder: Decoder, chunk: int, params: Params, sampler: Sampler, toke
              jnp.zeros((batch, decoder.target.hidden_size), decoder.target.jnp_dtype))
     chunks = ((jnp.max(count) + chunk - 1) // chunk).astype(jnp.int32)
     cache, drafter, last = lax.fori_loop(jnp.int32(0), chunks, read, carry)
-    logits = target.apply(params.target, last[:, None], method=Target.logits)
+    logits = target_logits(decoder.target, params.target, last[:, None])
     first = choose(sampler, logits, keys, count, jnp.zeros((batch, 1), jnp.int32), depths=1)[:, 0]
     return Prefix(cache, drafter, first)
 
@@ -128,14 +129,16 @@ def insert(decoder: Decoder, state: DecodeState, prefix: Prefix, rows: Array, to
     width = min(tokens.shape[1], state.tokens.shape[1])
     slot = jnp.arange(state.tokens.shape[1], dtype=jnp.int32)[None, :]
     padded = jnp.pad(tokens[:, :width], ((0, 0), (0, state.tokens.shape[1] - width)))
-    started = jnp.where(slot == count[:, None], prefix.first_token[:, None], jnp.where(slot < count[:, None], padded, 0))
+    prompt = jnp.where(slot < count[:, None], padded, 0)
+    started = jnp.where(slot == count[:, None], prefix.first_token[:, None], prompt)
     length = count + 1
     done = (length >= limit) | jnp.any(prefix.first_token[:, None] == state.eos[None, :], axis=1)
 
     def put(old: Array, new: Array) -> Array:
         return old.at[rows].set(new, mode="drop")
 
-    return state.replace(
+    return replace(
+        state,
         tokens=put(state.tokens, started), length=put(state.length, length), limit=put(state.limit, limit),
         done=put(state.done, done), cache=state.cache.insert(prefix.cache, rows),
         drafter=decoder.drafter.insert(state.drafter, prefix.drafter, rows), keys=put(state.keys, keys),
@@ -154,17 +157,16 @@ def decode_round(decoder: Decoder, params: Params, state: DecodeState) -> Decode
     with jax.named_scope("commit"):
         cache = commit(state.cache, out, path, position, count)
         drafter = decoder.drafter.observe(drafter, out.tapped, path.nodes, count)
-        return record(state, path, count, tree.size).replace(cache=cache, drafter=drafter)
+        return replace(record(state, path, count, tree.size), cache=cache, drafter=drafter)
 
 
 def run_target(decoder: Decoder, params: Params, cache: KVCache, tree: DraftTree,
                position: Array) -> tuple[TargetOutput, Array]:
     """The target's forward on all nodes of the tree, and its logits [B, N, V] there."""
     with jax.named_scope("verify"):
-        target = Target(decoder.target)
-        out = target.apply(params.target, tree.token, position[:, None] + tree.depth, tree.ancestors, cache, position,
-                           decoder.drafter.taps)
-        return out, target.apply(params.target, out.hidden, method=Target.logits)
+        out = target_forward(decoder.target, params.target, tree.token, position[:, None] + tree.depth,
+                             tree.ancestors, cache, position, decoder.drafter.taps)
+        return out, target_logits(decoder.target, params.target, out.hidden)
 
 
 def judge(decoder: Decoder, state: DecodeState, tree: DraftTree, logits: Array, position: Array) -> AcceptedPath:
@@ -198,7 +200,8 @@ def record(state: DecodeState, path: AcceptedPath, count: Array, tree_size: Arra
     done = state.done | (length >= state.limit) | jnp.any(is_eos, axis=1)
 
     here = jnp.where(active, state.rounds, slots)[:, None]  # a finished sequence logs nothing
-    return state.replace(
+    return replace(
+        state,
         tokens=tokens, length=jnp.where(active, length, state.length), done=done,
         rounds=state.rounds + active.astype(jnp.int32),
         accept_lengths=state.accept_lengths.at[sequence, here].set(count[:, None], mode="drop"),

@@ -1,20 +1,9 @@
-"""The seam where drafters differ: what they carry between rounds, and how they propose a tree.
-
-A drafter is a frozen description with these members; decode.py knows nothing else of it:
-
-    taps         target layers whose outputs it reads
-    nodes        N, nodes of its trees
-    max_path     R, nodes of the longest path through them
-    create(batch, slots) -> state            a state for B sequences of at most `slots` tokens
-    read_prompt(params, state, tapped, start) -> state       takes in one chunk of every prompt
-    insert(state, other, rows) -> state                      takes over freshly read prompts
-    propose(params, state, anchor, position) -> (DraftTree, state)
-    observe(state, tapped, path, count) -> state             learns which path was accepted
-"""
+"""The seam where drafters differ: what they carry between rounds, and how they propose a tree."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,27 +12,66 @@ from jax import Array, lax
 
 from jetspec_jax.cache import KVCache
 from jetspec_jax.config import HeadConfig, TargetConfig, TreeConfig
-from jetspec_jax.head import DraftHead
+from jetspec_jax.head import head_context, head_forward
 from jetspec_jax.sampling import argmax_last
-from jetspec_jax.target import Target
+from jetspec_jax.target import target_embed, target_logits
 from jetspec_jax.tree import DraftTree, build_tree, root_only, tree_capacity
 
 
 @struct.dataclass
 class Params:
-    """The parameters of a pair; `head` is None for plain decoding."""
+    """The parameters of a pair; `head` is empty without a head."""
 
     target: dict
-    head: dict | None
+    head: dict
+
+
+class Drafter(Protocol):
+    """A frozen, hashable description of a drafter; decode.py knows nothing else of it. States are pytrees."""
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Target layers whose outputs it reads."""
+
+    @property
+    def nodes(self) -> int:
+        """N, nodes of its trees."""
+
+    @property
+    def max_path(self) -> int:
+        """R, nodes of the longest path through them."""
+
+    def create(self, batch: int, slots: int) -> Any:
+        """A state for B sequences of at most `slots` tokens."""
+
+    def read_prompt(self, params: Params, state: Any, tapped: Array, start: Array) -> Any:
+        """Takes in one chunk of every prompt: tapped states [B, chunk, T*D] of positions `start`..."""
+
+    def insert(self, state: Any, other: Any, rows: Array) -> Any:
+        """Takes over freshly read prompts into rows int32 [R]; a row >= B is dropped."""
+
+    def propose(self, params: Params, state: Any, anchor: Array, position: Array) -> tuple[DraftTree, Any]:
+        """A tree below each anchor int32 [B] at its absolute position int32 [B] (0 for a finished sequence)."""
+
+    def observe(self, state: Any, tapped: Array, path: Array, count: Array) -> Any:
+        """Learns which path int32 [B, R] was accepted, `count` nodes of it, and the tapped states [B, N, T*D]."""
 
 
 @dataclass(frozen=True)
 class NoDrafter:
     """Plain decoding: every tree is its root."""
 
-    taps: tuple[int, ...] = ()
-    nodes: int = 1
-    max_path: int = 1
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return ()
+
+    @property
+    def nodes(self) -> int:
+        return 1
+
+    @property
+    def max_path(self) -> int:
+        return 1
 
     def create(self, batch: int, slots: int) -> None:
         return None
@@ -108,16 +136,14 @@ class HeadDrafter:
     def read_prompt(self, params: Params, state: HeadState, tapped: Array, start: Array) -> HeadState:
         batch, rows = tapped.shape[:2]
         positions = jnp.broadcast_to((start + jnp.arange(rows, dtype=jnp.int32))[None], (batch, rows))
-        k, v = DraftHead(self.head).apply(params.head, tapped.astype(self.head.jnp_dtype), positions,
-                                          method=DraftHead.context)
-        return state.replace(cache=state.cache.write_chunk(k, v, start))
+        k, v = head_context(self.head, params.head, tapped.astype(self.head.jnp_dtype), positions)
+        return replace(state, cache=state.cache.write_chunk(k, v, start))
 
     def insert(self, state: HeadState, other: HeadState, rows: Array) -> HeadState:
-        return state.replace(cache=state.cache.insert(other.cache, rows),
-                             pending_count=state.pending_count.at[rows].set(0, mode="drop"))
+        return replace(state, cache=state.cache.insert(other.cache, rows),
+                       pending_count=state.pending_count.at[rows].set(0, mode="drop"))
 
     def propose(self, params: Params, state: HeadState, anchor: Array, position: Array) -> tuple[DraftTree, HeadState]:
-        """Drafts after `anchor` int32 [B] at absolute `position` int32 [B] (0 for a finished sequence)."""
         with jax.named_scope("draft"):
             logits, k, v = self.draft_logits(params, state, anchor, position)
         with jax.named_scope("tree"):
@@ -125,19 +151,18 @@ class HeadDrafter:
         with jax.named_scope("draft"):
             cache = state.cache.commit(k, v, position - state.pending_count, state.pending_count,
                                        after=tree.token[:, -1])
-        return tree, state.replace(cache=cache)
+        return tree, replace(state, cache=cache)
 
     def draft_logits(self, params: Params, state: HeadState, anchor: Array,
                      position: Array) -> tuple[Array, Array, Array]:
         """The head's forward: logits [B, G-1, V], and keys and values of the pending rows."""
         masks = jnp.full((anchor.shape[0], self.head.block_size - 1), self.head.mask_token_id, jnp.int32)
         slots = jnp.concatenate([anchor[:, None], masks], axis=1)
-        target = Target(self.target)
-        block = target.apply(params.target, slots, method=Target.embed).astype(self.head.jnp_dtype)
-        out = DraftHead(self.head).apply(params.head, block, position, state.pending.astype(self.head.jnp_dtype),
-                                         state.pending_count, state.cache)
+        block = target_embed(self.target, params.target, slots).astype(self.head.jnp_dtype)
+        out = head_forward(self.head, params.head, block, position, state.pending.astype(self.head.jnp_dtype),
+                           state.pending_count, state.cache)
         hidden = out.hidden[:, 1:].astype(self.target.jnp_dtype)
-        return target.apply(params.target, hidden, method=Target.logits), out.k, out.v
+        return target_logits(self.target, params.target, hidden), out.k, out.v
 
     def grow(self, anchor: Array, logits: Array) -> DraftTree:
         """Top-W log-probabilities of each depth [B, G-1, V], then the builder."""
@@ -151,5 +176,4 @@ class HeadDrafter:
         return build_tree(self._tree, anchor, tokens, logp)
 
     def observe(self, state: HeadState, tapped: Array, path: Array, count: Array) -> HeadState:
-        """Keeps the tapped states [B, N, T*D] of the accepted path, int32 [B, R] with `count` real nodes."""
-        return state.replace(pending=jnp.take_along_axis(tapped, path[:, :, None], axis=1), pending_count=count)
+        return replace(state, pending=jnp.take_along_axis(tapped, path[:, :, None], axis=1), pending_count=count)

@@ -14,7 +14,7 @@ import numpy as np
 
 from jetspec_jax.config import SamplingParams, TreeConfig, is_integer
 from jetspec_jax.decode import Decoder, DecodeState, create_state, insert, prefill, run_rounds
-from jetspec_jax.draft import HeadDrafter, NoDrafter
+from jetspec_jax.draft import Drafter, HeadDrafter, NoDrafter
 from jetspec_jax.errors import JetSpecError
 from jetspec_jax.pretrained import Pair
 from jetspec_jax.sampling import Sampler
@@ -270,7 +270,7 @@ class _Run:
         return new
 
 
-def _drafter(pair: Pair, tree: TreeConfig | None) -> HeadDrafter | NoDrafter:
+def _drafter(pair: Pair, tree: TreeConfig | None) -> Drafter:
     if tree is None:
         return NoDrafter()
     if pair.head_config is None:

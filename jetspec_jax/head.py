@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -105,10 +105,23 @@ def block_visibility(size: int, extra: int, pending_count: Array, causal: bool) 
                                       jnp.broadcast_to(inside[None], (batch, size, size))], axis=-1))
 
 
+def head_forward(config: HeadConfig, params: dict, block: Array, anchor_position: Array, pending: Array,
+                 pending_count: Array, cache: KVCache) -> HeadOutput:
+    """`DraftHead.__call__` on explicit parameters."""
+    output: Any = DraftHead(config).apply(params, block, anchor_position, pending, pending_count, cache)
+    return output
+
+
+def head_context(config: HeadConfig, params: dict, tapped: Array, positions: Array) -> tuple[Array, Array]:
+    """`DraftHead.context` on explicit parameters."""
+    output: Any = DraftHead(config).apply(params, tapped, positions, method=DraftHead.context)
+    return output
+
+
 def init_head(config: HeadConfig, key: Array) -> dict:
     """Random parameters (standard deviation 0.02) of a head: `{"params": ...}`."""
 
-    def init(key: Array) -> dict:
+    def init(key: Array) -> Any:
         one = jnp.ones((1,), jnp.int32)
         pending = jnp.zeros((1, 1, len(config.target_layer_ids) * config.hidden_size), config.jnp_dtype)
         block = jnp.zeros((1, config.block_size, config.hidden_size), config.jnp_dtype)

@@ -95,7 +95,8 @@ class Attention(nn.Module):
         """x [B, M, D] -> q [B, M, H, C], k and v [B, M, K, C], before norm and rotation."""
         c = self.config
         heads = self.qkv_proj(x).reshape(*x.shape[:2], c.num_heads + 2 * c.num_kv_heads, c.head_dim)
-        return tuple(jnp.split(heads, (c.num_heads, c.num_heads + c.num_kv_heads), axis=2))
+        q, k, v = jnp.split(heads, (c.num_heads, c.num_heads + c.num_kv_heads), axis=2)
+        return q, k, v
 
     def _keys(self, k: Array, cos: Array, sin: Array) -> Array:
         return rotate(self.k_norm(k) if self.config.qk_norm else k, cos, sin)

@@ -76,7 +76,9 @@ def load_pretrained(target: str | Path, head: str | Path | None = None, *, dtype
     target_config, target_params = _load(folder, "target", dtype)
     tokenizer = _load_tokenizer(folder)
 
-    head_config, head_params, trained = None, None, True
+    head_config: HeadConfig | None = None
+    head_params: dict = {}
+    trained = True
     if head is not None or (preset and preset.head_source):
         head_folder = _find(str(head), "head") if preset is None or head is not None else _find(
             str(preset.head_source), "head", preset)
@@ -97,7 +99,7 @@ def cache_folder() -> Path:
 def _dtype(dtype: str | None) -> str | None:
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise JetSpecError(f"dtype {dtype!r} is not one of {', '.join(FLOAT_DTYPES)}")
-    if dtype == "float64" and not jax.config.jax_enable_x64:
+    if dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise JetSpecError("float64 needs jax.config.update('jax_enable_x64', True) before anything else")
     return dtype or ("float32" if jax.default_backend() == "cpu" else None)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -84,10 +84,29 @@ class Target(nn.Module):
                                        precision=PRECISION, preferred_element_type=wide)
 
 
+def target_forward(config: TargetConfig, params: dict, tokens: Array, positions: Array, visible: Array,
+                   cache: KVCache, cached: Array, taps: tuple[int, ...] = ()) -> TargetOutput:
+    """`Target.__call__` on explicit parameters."""
+    output: Any = Target(config).apply(params, tokens, positions, visible, cache, cached, taps)
+    return output
+
+
+def target_embed(config: TargetConfig, params: dict, tokens: Array) -> Array:
+    """`Target.embed` on explicit parameters."""
+    output: Any = Target(config).apply(params, tokens, method=Target.embed)
+    return output
+
+
+def target_logits(config: TargetConfig, params: dict, hidden: Array) -> Array:
+    """`Target.logits` on explicit parameters."""
+    output: Any = Target(config).apply(params, hidden, method=Target.logits)
+    return output
+
+
 def init_target(config: TargetConfig, key: Array) -> dict:
     """Random parameters (standard deviation 0.02) of a target: `{"params": ...}`."""
 
-    def init(key: Array) -> dict:
+    def init(key: Array) -> Any:
         cache = KVCache.create(config, batch=1, slots=1)
         one = jnp.zeros((1, 1), jnp.int32)
         return Target(config).init(key, one, one, jnp.ones((1, 1, 1), jnp.uint32), cache, jnp.zeros((1,), jnp.int32),

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax.numpy as jnp
+from flax import struct
 from jax import Array
 
 from jetspec_jax.tree import DraftTree
 from pallas_kernels.tree_attention.bits import pack_bits, unpack_bits
 
 
-class AcceptedPath(NamedTuple):
-    """The longest branch that the target would have written itself.
+@struct.dataclass
+class AcceptedPath:
+    """The longest branch that the target would have written itself."""
 
-    Attributes:
-        nodes: int32 [B, R], the path's node at each depth, the root first; meaningless from `count` on.
-        tokens: int32 [B, R], what follows each of those nodes; the last valid one is the free token.
-        count: int32 [B], accepted length: nodes on the path, and also new tokens, at least 1.
-    """
-
-    nodes: Array
-    tokens: Array
-    count: Array
+    nodes: Array  # int32 [B, R], the path's node at each depth, the root first; meaningless from `count` on
+    tokens: Array  # int32 [B, R], what follows each of those nodes; the last valid one is the free token
+    count: Array  # int32 [B], accepted length: nodes on the path, and also new tokens, at least 1
 
 
 def accept(tree: DraftTree, verdict: Array, max_path: int) -> AcceptedPath:
