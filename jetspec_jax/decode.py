@@ -96,7 +96,7 @@ def prefill(decoder: Decoder, chunk: int, params: Params, sampler: Sampler, toke
 
     def read(i: Array, carry: tuple[KVCache, Any, Array]) -> tuple[KVCache, Any, Array]:
         cache, drafter, last = carry
-        start = i * chunk
+        start = i.astype(jnp.int32) * chunk
         positions = jnp.broadcast_to((start + jnp.arange(chunk, dtype=jnp.int32))[None], (batch, chunk))
         piece = lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1)
         # A prompt that ended in an earlier chunk has nothing left to attend to.

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jetspec_jax.attention import attend
@@ -43,7 +44,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = x.astype(np.promote_types(x.dtype, np.float32))
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         return wide.astype(x.dtype) * scale.reshape((1,) * (x.ndim - 1) + (-1,))
 
@@ -60,7 +61,7 @@ def rotary_tables(positions: Array, head_dim: int, theta: float, dtype: jnp.dtyp
     Returns:
         (cos, sin), each [B, M, C/2].
     """
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = np.promote_types(dtype, np.float32)
     frequency = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=wide) / head_dim)  # [C/2]
     angle = positions.astype(wide)[:, :, None] * frequency[None, None, :]
     return jnp.cos(angle), jnp.sin(angle)

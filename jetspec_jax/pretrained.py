@@ -79,7 +79,7 @@ def load_pretrained(target: str | Path, head: str | Path | None = None, *, dtype
     head_config: HeadConfig | None = None
     head_params: dict = {}
     trained = True
-    if head is not None or (preset and preset.head_source):
+    if head is not None or (preset is not None and preset.head_source):
         head_folder = _find(str(head), "head") if preset is None or head is not None else _find(
             str(preset.head_source), "head", preset)
         head_config, head_params = _load(head_folder, "head", dtype)

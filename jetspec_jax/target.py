@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jetspec_jax.cache import KVCache
@@ -75,7 +76,7 @@ class Target(nn.Module):
 
     def logits(self, hidden: Array) -> Array:
         """[..., D] after the final norm -> float32 (float64 for float64) [..., V]; the draft head uses it too."""
-        wide = jnp.promote_types(hidden.dtype, jnp.float32)
+        wide = np.promote_types(hidden.dtype, np.float32)
         with jax.named_scope("lm_head"):
             if self.config.tie_embeddings:
                 return jax.lax.dot_general(hidden, self.embedding, (((hidden.ndim - 1,), (1,)), ((), ())),

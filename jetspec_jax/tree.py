@@ -68,7 +68,7 @@ def _chain(nodes: int, anchor: Array, tokens: Array, logp: Array) -> DraftTree:
 def _accum_logp(nodes: int, anchor: Array, tokens: Array, logp: Array) -> DraftTree:
     """Pops the best node and adds its W children at once until the budget is spent (the published default)."""
     depths, width = logp.shape[1:]
-    parents = -(-(nodes - 1) // width)  # each expansion fills W nodes, the last one perhaps fewer
+    parents = max(1, -(-(nodes - 1) // width))  # each expansion fills W nodes, the last one perhaps fewer
     arena = _grow(parents, anchor, tokens, logp, expandable_depths=depths)
     cut = slice(0, nodes)
     return _tree(arena.token[:, cut], arena.parent[:, cut], arena.depth[:, cut], arena.score[:, cut],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from pallas_kernels.tree_attention.bits import unpack_bits
@@ -32,7 +33,7 @@ def tree_attention(q: Array, new_k: Array, new_v: Array, visible: Array, cache_k
     batch, queries, heads, width = q.shape
     new, kv_heads, slots = new_k.shape[1], new_k.shape[2], cache_k.shape[3]
     group = heads // kv_heads
-    wide = jnp.promote_types(q.dtype, jnp.float32)
+    wide = np.promote_types(q.dtype, np.float32)
     # Heads of a group become rows of one product: [B, K, group*N, C].
     rows = q.reshape(batch, queries, kv_heads, group, width).transpose(0, 2, 3, 1, 4)
     rows = rows.reshape(batch, kv_heads, group * queries, width)
@@ -61,7 +62,7 @@ def tree_attention(q: Array, new_k: Array, new_v: Array, visible: Array, cache_k
     zero = jnp.int32(0)
 
     def over_cache(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        wanted = i * block
+        wanted = i.astype(jnp.int32) * block  # outside jit, under 64-bit types, the counter is int64
         start = jnp.minimum(wanted, slots - block)  # the last block of an odd-sized cache overlaps the one before
         piece = (1, batch, kv_heads, block, width)
         at = (layer, zero, zero, start, zero)

@@ -1,0 +1,15 @@
+"""Every test runs with 64-bit types on and promotion strict, so that an implicit dtype or rank is an error."""
+
+import jax
+import pytest
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _drop_compiled_programs():
+    """Hundreds of small programs would otherwise stay in memory until the end."""
+    yield
+    jax.clear_caches()
