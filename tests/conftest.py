@@ -1,5 +1,11 @@
 """Every test runs with 64-bit types on and promotion strict, so that an implicit dtype or rank is an error."""
 
+import os
+
+# Hundreds of tiny programs are compiled and each runs for milliseconds: LLVM need not optimise them. (The scripts'
+# tests run in their own processes and use fully optimised programs.)
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+
 import jax
 import pytest
 

@@ -20,20 +20,21 @@ from jetspec_jax.programs import Programs
 from jetspec_jax.sampling import Sampler
 from jetspec_jax.target import target_shapes
 
+BUILDERS = ("accum_logp", "best_first", "chain")
 DATA = Path(__file__).parent / "data"
 PROGRAMS = Programs()  # parameters are operands, so pairs of one shape share their programs
 
 
 def tiny_target(**changes: Any) -> TargetConfig:
     fields: dict[str, Any] = {
-        "vocab_size": 23, "hidden_size": 16, "intermediate_size": 24, "num_layers": 3, "num_heads": 4,
+        "vocab_size": 23, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2, "num_heads": 4,
         "num_kv_heads": 2, "head_dim": 8, "rope_theta": 1e4, "dtype": "float64", "max_positions": 600}
     return TargetConfig(**{**fields, **changes})
 
 
 def tiny_head(target: TargetConfig, **changes: Any) -> HeadConfig:
     fields: dict[str, Any] = {
-        "vocab_size": target.vocab_size, "hidden_size": target.hidden_size, "intermediate_size": 20, "num_layers": 2,
+        "vocab_size": target.vocab_size, "hidden_size": target.hidden_size, "intermediate_size": 20, "num_layers": 1,
         "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "dtype": target.dtype, "block_size": 6,
         "target_layer_ids": (0, target.num_layers - 1), "num_target_layers": target.num_layers,
         "mask_token_id": target.vocab_size - 1}

@@ -16,7 +16,7 @@ def filled(batch, slots, seed=0):
 def test_commit_writes_only_accepted_rows_and_never_clamps():
     cache = filled(3, 10)
     rng = np.random.default_rng(1)
-    k, v = rng.standard_normal((2, 3, 3, 4, 2, 8))  # [L, B, R, K, C]
+    k, v = rng.standard_normal((2, 2, 3, 4, 2, 8))  # [L, B, R, K, C]
     start, count = [0, 8, 5], [4, 4, 0]  # the second would end two slots beyond the cache
     zero = jnp.zeros((3,), jnp.int32)
     after = cache.commit(jnp.asarray(k), jnp.asarray(v), jnp.asarray(start, jnp.int32), jnp.asarray(count, jnp.int32),
@@ -38,7 +38,7 @@ def test_insert_replaces_whole_rows_and_drops_padding():
 
 def test_write_chunk_is_a_plain_slice():
     cache = filled(2, 10)
-    k = np.random.default_rng(2).standard_normal((3, 2, 4, 2, 8))
+    k = np.random.default_rng(2).standard_normal((2, 2, 4, 2, 8))
     after = cache.write_chunk(jnp.asarray(k), jnp.asarray(k), jnp.int32(3))
     expected = np.array(cache.v)
     expected[:, :, :, 3:7] = k.swapaxes(2, 3)

@@ -1,0 +1,57 @@
+"""Descriptions check themselves; presets have the published numbers of parameters."""
+
+import math
+
+import jax
+import pytest
+
+from jetspec_jax import PRESETS, JetSpecError, SamplingParams, TreeConfig
+from jetspec_jax.config import default_target_layer_ids
+from jetspec_jax.head import head_shapes
+from jetspec_jax.target import target_shapes
+from tests.models import tiny_head, tiny_target
+
+
+def parameters(shapes):
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+@pytest.mark.parametrize(("name", "count"), [
+    ("smollm2-135m", 134_515_008), ("qwen3-0.6b", 596_049_920), ("qwen3-1.7b", 1_720_574_976),
+    ("qwen3-4b", 4_022_468_096), ("qwen3-8b", 8_190_735_360), ("qwen3-14b", 14_768_307_200),
+    ("qwen3-32b", 32_762_123_264)])
+def test_presets_have_the_published_size(name, count):
+    assert parameters(target_shapes(PRESETS[name].target)) == count
+
+
+def test_the_released_8b_head_has_the_published_size():
+    assert parameters(head_shapes(PRESETS["qwen3-8b"].head)) == 1_048_626_432
+
+
+@pytest.mark.parametrize(("layers", "taps", "ids"), [
+    (36, 5, (1, 9, 17, 25, 33)), (48, 5, (1, 12, 23, 34, 45)), (36, 1, (18,)), (8, 3, (1, 3, 5))])
+def test_default_taps(layers, taps, ids):
+    assert default_target_layer_ids(layers, taps) == ids
+
+
+@pytest.mark.parametrize("make", [
+    lambda: TreeConfig(width=17), lambda: TreeConfig(width=0), lambda: TreeConfig(budget=0),
+    lambda: TreeConfig(budget=10**9), lambda: TreeConfig(builder="greedy"), lambda: TreeConfig(width=2.0),
+    lambda: SamplingParams(temperature=-1), lambda: SamplingParams(temperature=float("nan")),
+    lambda: SamplingParams(temperature=1e-9), lambda: SamplingParams(top_k=0), lambda: SamplingParams(top_p=0.0),
+    lambda: SamplingParams(top_p=1.1), lambda: SamplingParams(top_k=True),
+    lambda: tiny_target(num_heads=3, num_kv_heads=2), lambda: tiny_target(head_dim=7),
+    lambda: tiny_target(vocab_size=0), lambda: tiny_target(dtype="int8"), lambda: tiny_target(rope_theta=0),
+    lambda: tiny_head(tiny_target(), block_size=1), lambda: tiny_head(tiny_target(), target_layer_ids=()),
+    lambda: tiny_head(tiny_target(), target_layer_ids=(2,)), lambda: tiny_head(tiny_target(), mask_token_id=23)])
+def test_nonsense_is_refused(make):
+    with pytest.raises(JetSpecError):
+        make()
+
+
+def test_a_head_of_another_target_is_refused():
+    head = tiny_head(tiny_target())
+    head.check_fits(tiny_target())
+    for changes in ({"hidden_size": 32}, {"num_layers": 3}, {"vocab_size": 24}):
+        with pytest.raises(JetSpecError, match="does not fit"):
+            head.check_fits(tiny_target(**changes))

@@ -1,0 +1,162 @@
+"""`generate` and `stream`: batches, refilling, stopping, streaming, and what they refuse."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from jetspec_jax import JetSpecError, SamplingParams, TreeConfig
+from jetspec_jax.generate import bucket, generate, stream
+from tests.models import random_pair, tiny_target
+
+TREE = TreeConfig(width=3, budget=20)
+
+
+class SpellingTokenizer:
+    """Token i is the i-th letter; tokens 20 and 21 are the two bytes of one character."""
+
+    chat_template = None
+    letters = "abcdefghijklmnopqrst"
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [self.letters.index(c) for c in text]}
+
+    def decode(self, ids, skip_special_tokens=True):
+        data = b"".join(self.letters[i].encode() if i < 20 else bytes([[0xC3], [0xA9], []][i - 20]) for i in ids)
+        return data.decode(errors="replace")
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return random_pair(0)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 23, size).tolist() for size in (3, 40, 1, 17, 70, 5, 2, 33, 9, 12, 64)]
+
+
+def ids(outs):
+    return [out.token_ids for out in outs]
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(1.0)])
+def test_refilled_rows_answer_as_alone(pair, prompts, sampling):
+    """Eleven prompts through three rows, each row refilled as soon as it is free."""
+    together = generate(pair, prompts, max_new_tokens=21, batch_size=3, tree=TREE, sampling=sampling,
+                        eos_token_ids=(3, 8))
+    wide = generate(pair, prompts, max_new_tokens=21, batch_size=11, tree=TREE, sampling=sampling, eos_token_ids=(3, 8))
+    assert ids(together) == ids(wide)
+    if sampling == SamplingParams():
+        alone = [generate(pair, prompt, max_new_tokens=21, tree=TREE, eos_token_ids=(3, 8)) for prompt in prompts]
+        assert ids(together) == ids(alone)
+        assert [o.accept_lengths for o in together] == [o.accept_lengths for o in alone]
+    assert len({len(o.token_ids) for o in together}) > 2  # rows really ended at different times
+
+
+def test_finish_reasons_and_clipping(pair, prompts):
+    plain = generate(pair, prompts[0], max_new_tokens=30, tree=None)
+    assert (plain.finish_reason, len(plain.token_ids), plain.text) == ("length", 30, None)
+    end = plain.token_ids[7]
+    stopped = generate(pair, prompts[0], max_new_tokens=30, tree=TREE, eos_token_ids=(end,))
+    assert stopped.finish_reason == "stop"
+    assert stopped.token_ids == plain.token_ids[:plain.token_ids.index(end) + 1]
+    by_config = dataclasses.replace(pair, target_config=dataclasses.replace(pair.target_config, eos_token_ids=(end,)))
+    assert generate(by_config, prompts[0], max_new_tokens=30, tree=TREE).token_ids == stopped.token_ids
+    assert generate(by_config, prompts[0], max_new_tokens=30, tree=TREE, eos_token_ids=()).token_ids == plain.token_ids
+
+
+def test_one_new_token_needs_no_round(pair, prompts):
+    out = generate(pair, prompts[3], max_new_tokens=1, tree=TREE)
+    assert (len(out.token_ids), out.rounds, out.accept_lengths, out.finish_reason) == (1, 0, [], "length")
+
+
+def test_the_first_token_can_end_an_answer(pair, prompts):
+    first = generate(pair, prompts[3], max_new_tokens=1, tree=None).token_ids[0]
+    outs = generate(pair, [prompts[3]] * 5, max_new_tokens=9, batch_size=2, tree=TREE, eos_token_ids=(first,))
+    assert ids(outs) == [[first]] * 5
+    assert {out.finish_reason for out in outs} == {"stop"}
+
+
+def test_the_context_limit_ends_an_answer(prompts):
+    pair = random_pair(0, tiny_target(max_positions=50))
+    out = generate(pair, prompts[1], max_new_tokens=500, tree=TREE)
+    assert (len(out.token_ids), out.finish_reason) == (10, "context")
+
+
+def test_streamed_chunks_add_up(pair, prompts):
+    pair = dataclasses.replace(pair, tokenizer=SpellingTokenizer())
+    whole = generate(pair, prompts[:4], max_new_tokens=40, batch_size=2, tree=TREE, seed=1,
+                     sampling=SamplingParams(5.0))
+    chunks = list(stream(pair, prompts[:4], max_new_tokens=40, batch_size=2, tree=TREE, seed=1,
+                         sampling=SamplingParams(5.0), rounds_per_chunk=1))
+    assert len(chunks) > 40
+    for index, out in enumerate(whole):
+        mine = [chunk for chunk in chunks if chunk.index == index]
+        assert [i for chunk in mine for i in chunk.token_ids] == out.token_ids
+        assert [n for chunk in mine for n in chunk.accept_lengths] == out.accept_lengths
+        assert "".join(chunk.text for chunk in mine) == out.text
+        assert [chunk.result is not None for chunk in mine] == [False] * (len(mine) - 1) + [True]
+        assert mine[-1].result.token_ids == out.token_ids
+
+
+def test_an_incomplete_character_waits(pair):
+    run_pair = dataclasses.replace(pair, tokenizer=SpellingTokenizer())
+    from jetspec_jax.decode import Decoder
+    from jetspec_jax.draft import NoDrafter
+    from jetspec_jax.generate import _Request, _Run
+    from jetspec_jax.sampling import Sampler
+    run = _Run(run_pair, Decoder(pair.target_config, NoDrafter()), Sampler.create(SamplingParams()), (), 0)
+    request = _Request(0, [1], 9)
+    assert run._new_text(request, [0, 20], done=False) == ""
+    assert run._new_text(request, [0, 20, 21], done=False) == "a\N{LATIN SMALL LETTER E WITH ACUTE}"
+    assert run._new_text(request, [0, 20, 21, 1, 20], done=True) == "b\N{REPLACEMENT CHARACTER}"
+
+
+def test_text_batches_and_arrays_as_prompts(pair):
+    pair = dataclasses.replace(pair, tokenizer=SpellingTokenizer())
+    one = generate(pair, "bad", max_new_tokens=4, tree=TREE)
+    assert one.token_ids == generate(pair, [1, 0, 3], max_new_tokens=4, tree=TREE).token_ids
+    assert one.token_ids == generate(pair, np.asarray([1, 0, 3]), max_new_tokens=4, tree=TREE).token_ids
+    several = generate(pair, ["bad", [1, 0, 3]], max_new_tokens=4, tree=TREE)
+    assert ids(several) == [one.token_ids] * 2
+    assert generate(pair, [], max_new_tokens=4) == []
+
+
+def test_a_second_call_compiles_nothing(pair, prompts):
+    generate(pair, prompts[0], max_new_tokens=10, tree=TREE, sampling=SamplingParams(0.5, top_p=0.5))
+    again = generate(pair, prompts[2], max_new_tokens=20, tree=TREE, sampling=SamplingParams(1.5, top_p=0.9), seed=4)
+    assert again.compile_seconds == 0
+    assert again.seconds > again.prompt_seconds > 0
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"prompt": []}, None), ({"prompt": [[]]}, "empty"), ({"prompt": "abc"}, "no tokenizer"),
+    ({"prompt": [1, 23]}, "token id 23"), ({"prompt": [-1]}, "token id -1"), ({"prompt": [["a"]]}, "neither text"),
+    ({"prompt": [[1], 2.5]}, "neither text"), ({"prompt": [1] * 600}, "600 tokens"),
+    ({"max_new_tokens": 0}, "max_new_tokens"), ({"max_new_tokens": 2.5}, "max_new_tokens"),
+    ({"batch_size": 0}, "batch_size"), ({"eos_token_ids": (99,)}, "eos_token_ids"), ({"seed": -1}, "seed"),
+    ({"seed": 2**32}, "seed")])
+def test_bad_arguments_are_named(pair, arguments, message):
+    arguments = {"prompt": [1, 2], "max_new_tokens": 4, **arguments}
+    if message is None:
+        assert generate(pair, **arguments) == []
+        return
+    with pytest.raises(JetSpecError, match=message):
+        generate(pair, **arguments)
+    with pytest.raises(JetSpecError, match=message):
+        stream(pair, **arguments)  # at once, not when iterated
+
+
+def test_a_target_without_head_decodes_plainly(pair):
+    alone = dataclasses.replace(pair, head_config=None)
+    assert len(generate(alone, [1, 2], max_new_tokens=4, tree=None).token_ids) == 4
+    with pytest.raises(JetSpecError, match="no draft head"):
+        generate(alone, [1, 2], max_new_tokens=4)
+
+
+@pytest.mark.parametrize(("size", "smallest", "expected"), [(1, 256, 256), (257, 256, 384), (385, 256, 512),
+                                                            (513, 256, 768), (40960, 256, 49152)])
+def test_buckets(size, smallest, expected):
+    assert bucket(size, smallest) == expected
