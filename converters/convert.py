@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-import safetensors
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from converters.assemble import TensorSource, assemble, check_names, take_apart
@@ -73,15 +73,12 @@ def export_head(source: Path, out: Path) -> None:
     config, params = checkpoint.load(source)
     if not isinstance(config, HeadConfig):
         raise JetSpecError(f"{source} holds a target; only heads can be exported")
-    names = {np.dtype(np.float32): "float32", np.dtype(np.float16): "float16", np.dtype(np.float64): "float64",
-             np.dtype(ml_dtypes.bfloat16): "bfloat16"}
-    tensors: dict[str, Any] = {name: {"dtype": names[value.dtype], "shape": value.shape, "data": value.tobytes()}
-               for name, value in take_apart(params, head_slots(config))}
+    tensors = dict(take_apart(params, head_slots(config)))
     with checkpoint.written_beside(out) as folder:
         (folder / "config.json").write_text(json.dumps(released_head_config(config), indent=2) + "\n")
         try:
-            safetensors.serialize_file(tensors, folder / SINGLE, {"format": "pt"})
-        except safetensors.SafetensorError as error:
+            save_file(tensors, folder / SINGLE, {"format": "pt"})
+        except SafetensorError as error:
             raise JetSpecError(f"cannot write {out / SINGLE}: {error}; nothing was left behind") from error
 
 

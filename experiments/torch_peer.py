@@ -25,7 +25,7 @@ def torch_model(pair: Pair) -> tuple[Any, Callable[[Any, list[int], int], list[i
     kind = "Qwen3" if config.qk_norm else "Llama"
     model = getattr(transformers, f"{kind}ForCausalLM")(
         getattr(transformers, f"{kind}Config")(**huggingface_fields(config)))
-    weights = {name: torch.from_numpy(np.asarray(value, np.float32))
+    weights = {name: torch.from_numpy(np.array(value, np.float32))
                for name, value in take_apart(pair.params.target, target_slots(config))}
     model.load_state_dict(weights, strict=not config.tie_embeddings)
     model.eval()

@@ -10,6 +10,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
+import math
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from jetspec_jax.config import HeadConfig, TargetConfig
@@ -65,20 +69,16 @@ def save(folder: Path, config: TargetConfig | HeadConfig, params: dict, source: 
     Raises:
         JetSpecError: the disk is too small or refuses the data.
     """
-    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise JetSpecError(f"the disk of {folder.parent} is too full: the checkpoint needs {needed / 1e9:.2f} GB and "
-                           f"{free / 1e9:.2f} GB are free; nothing was left behind")
+    _reserve(folder, sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
     kind = "target" if isinstance(config, TargetConfig) else "head"
     # Weights do not compress, and uncompressed single-array files need no second copy in memory.
     handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, use_compression=False, use_ocdbt=False)
     try:
-        with ocp.Checkpointer(handler) as writer:
+        with _quiet(), ocp.Checkpointer(handler) as writer:
             writer.save((folder / ARRAYS).absolute(), args=ocp.args.PyTreeSave(params))
     except Exception as error:  # tensorstore reports a full disk as ValueError or OSError, by version
-        raise JetSpecError(f"writing the arrays of {folder.parent} failed, probably for lack of disk space: "
-                           f"{_first_line(error)}; nothing was left behind") from error
+        raise JetSpecError(f"writing into {folder.parent} failed: {_first_line(error)}; nothing was left "
+                           "behind") from error
     description = {"format": FORMAT, "version": VERSION, "kind": kind, "config": dataclasses.asdict(config),
                    "source": source}
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
@@ -137,7 +137,11 @@ def load(folder: Path, dtype: str | None = None) -> tuple[TargetConfig | HeadCon
     restore = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=device,
                                                              global_shape=leaf.shape, strict=True), shapes)
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1)) as reader:
+        with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1)) as reader:
+            stored = jax.tree.map(lambda leaf: tuple(leaf.shape), _stored_tree(reader, folder))
+            if stored != jax.tree.map(lambda leaf: leaf.shape, shapes):
+                raise ValueError("names or shapes of the stored arrays differ")
+            _check_sizes(folder)
             params = reader.restore((folder / ARRAYS).absolute(),
                                     args=ocp.args.PyTreeRestore(item=shapes, restore_args=restore))
         jax.block_until_ready(params)
@@ -145,6 +149,47 @@ def load(folder: Path, dtype: str | None = None) -> tuple[TargetConfig | HeadCon
         raise JetSpecError(f"the arrays of {folder} are damaged or do not match its description: "
                            f"{_first_line(error)}; convert the original weights again") from error
     return config, params
+
+
+def _stored_tree(reader: ocp.Checkpointer, folder: Path) -> Any:
+    """What a checkpoint's own metadata says of its arrays."""
+    metadata: Any = reader.metadata((folder / ARRAYS).absolute())
+    return metadata.item_metadata.tree
+
+
+def _check_sizes(folder: Path) -> None:
+    """Finds truncated arrays before Orbax does, whose threads would tell it at length."""
+    for description in (folder / ARRAYS).glob("*/.zarray"):
+        array = json.loads(description.read_text())
+        size = math.prod(array["shape"]) * jnp.dtype(array["dtype"]).itemsize
+        stored = sum(file.stat().st_size for file in description.parent.iterdir() if file != description)
+        if stored < size:
+            raise ValueError(f"{description.parent.name} is truncated: {stored} of {size} bytes")
+
+
+def _reserve(folder: Path, size: int) -> None:
+    """Lets the disk promise `size` bytes for a moment, where the system can: running out of space in the middle would
+    end in a storm of messages from Orbax's threads."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, max(size, 1))
+    except OSError as error:
+        raise JetSpecError(f"the disk of {folder.parent} refuses the {size / 1e9:.3f} GB that the checkpoint needs: "
+                           f"{error.strerror}; nothing was left behind") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Orbax's log off the user's screen: what fails is raised to us as well, and told in one line."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _first_line(error: BaseException) -> str:

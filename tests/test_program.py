@@ -9,7 +9,6 @@ import pytest
 from jetspec_jax import SamplingParams, TreeConfig
 from jetspec_jax.decode import Decoder, create_state, run_rounds
 from jetspec_jax.draft import HeadDrafter, NoDrafter
-from jetspec_jax.generate import generate
 from jetspec_jax.sampling import Sampler
 from tests.models import random_pair
 
@@ -46,12 +45,3 @@ def test_the_loop_is_one_device_program(index, sampling, batch):
     assert [shape for shape in copied if shape.count(",") == 4] == []
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes > 0.95 * memory.output_size_in_bytes  # the state is updated in place
-
-
-def test_a_run_hands_nothing_to_the_host_between_chunks():
-    """With implicit transfers forbidden, decoding still works: every fetch is one of the few explicit ones."""
-    pair = random_pair(0)
-    arguments = {"max_new_tokens": 20, "tree": TreeConfig(width=3, budget=20)}
-    expected = generate(pair, [1, 2, 3], **arguments)
-    with jax.transfer_guard_device_to_host("disallow"):
-        assert generate(pair, [1, 2, 3], **arguments).token_ids == expected.token_ids

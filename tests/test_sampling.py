@@ -55,6 +55,13 @@ def test_argmax_takes_the_first_of_equals():
     assert argmax_last(x).tolist() == [1, 2, 0]
 
 
+@pytest.mark.parametrize("size", [1, 63, 64, 127, 128, 130, 1000])
+def test_argmax_in_blocks_is_the_argmax(size):
+    x = np.random.default_rng(size).integers(0, 40, (50, 2, size)).astype(np.float32)  # ties everywhere
+    x[0, 0] = -np.inf
+    np.testing.assert_array_equal(argmax_last(jnp.asarray(x)), x.argmax(axis=-1))
+
+
 def test_noise_depends_on_sequence_and_position_alone():
     sampler = Sampler.create(SamplingParams(1.0))
     logits = jnp.zeros((2, 3, 500))

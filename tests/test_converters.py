@@ -1,0 +1,369 @@
+"""Conversion: every tensor arrives where it belongs, and nothing unsound gets through."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from converters import convert
+from converters.cli import main
+from converters.names import head_slots, target_slots
+from jetspec_jax import JetSpecError, checkpoint, load_pretrained
+from jetspec_jax.config import PRESETS
+from jetspec_jax.generate import generate
+from jetspec_jax.head import head_shapes
+from jetspec_jax.target import target_shapes
+from tests.models import DATA, tiny_head, tiny_target
+
+DENSE, TIED = DATA / "dense", DATA / "tied_bidirectional"
+
+
+@pytest.fixture
+def target(tmp_path):
+    """A copy of a recorded target that a test may damage."""
+    return shutil.copytree(DENSE / "target", tmp_path / "source")
+
+
+def rewrite(folder, change):
+    """Loads the tensors of a folder, lets `change` alter the dict, and writes them back."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors = change(tensors) or tensors
+    save_file(tensors, folder / "model.safetensors")
+
+
+def edit_json(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def shard(folder, parts=3):
+    """Splits model.safetensors into shards with an index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for i in range(parts):
+        file = f"model-{i + 1:05d}-of-{parts:05d}.safetensors"
+        names = sorted(tensors)[i::parts]
+        save_file({name: tensors[name] for name in names}, folder / file)
+        weight_map.update(dict.fromkeys(names, file))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("config", [PRESETS["qwen3-8b"].target, PRESETS["qwen3-0.6b"].target,
+                                    PRESETS["smollm2-135m"].target, tiny_target(qkv_bias=True, out_bias=True)])
+def test_target_table_covers_every_parameter_once(config):
+    assert_table_covers(target_slots(config), target_shapes(config))
+
+
+@pytest.mark.parametrize("config", [PRESETS["qwen3-8b"].head, tiny_head(tiny_target(), qkv_bias=True)])
+def test_head_table_covers_every_parameter_once(config):
+    assert_table_covers(head_slots(config), head_shapes(config))
+
+
+def assert_table_covers(slots, shapes):
+    expected = {tuple(key.key for key in path[1:]): leaf.shape
+                for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]}
+    found = {}
+    for slot in slots:
+        parts = [part.shape[::-1] if slot.transposed else part.shape for part in slot.parts]
+        assert slot.path not in found
+        found[slot.path] = (*parts[0][:-1], sum(part[-1] for part in parts))
+    assert found == expected
+    names = [part.name for slot in slots for part in slot.parts]
+    assert len(names) == len(set(names))
+
+
+def test_the_released_head_has_58_tensors():
+    assert sum(len(slot.parts) for slot in head_slots(PRESETS["qwen3-8b"].head)) == 58
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_converted_target_and_head_decode_as_recorded(tmp_path, target, pieces):
+    if pieces > 1:
+        shard(target, pieces)
+    assert main(["target", str(target), str(tmp_path / "t")]) == 0
+    assert main(["head", str(DENSE / "head"), str(tmp_path / "h")]) == 0
+    case = json.loads((DENSE / "expected.json").read_text())["cases"][0]
+    prompt = load_file(DENSE / "activations.safetensors")["0.prompt"].tolist()
+    out = generate(load_pretrained(tmp_path / "t", tmp_path / "h"), prompt, max_new_tokens=case["max_new"])
+    assert out.token_ids == case["ar_token_ids"]
+    assert out.accept_lengths == case["runs"][1]["accept_lengths"]
+
+
+def test_dtype_option_rounds_once(tmp_path, target):
+    assert main(["target", str(target), str(tmp_path / "t"), "--dtype", "bfloat16"]) == 0
+    config, params = checkpoint.load(tmp_path / "t")
+    assert config.dtype == "bfloat16"
+    embedding = load_file(target / "model.safetensors")["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(params["params"]["embedding"], embedding.astype(ml_dtypes.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("source", [DENSE / "head", TIED / "head"])
+def test_exported_heads_are_byte_equal(tmp_path, source, dtype):
+    if dtype:  # released heads are bfloat16 files
+        source = shutil.copytree(source, tmp_path / "bf16")
+        rewrite(source, lambda tensors: {n: t.astype(ml_dtypes.bfloat16) for n, t in tensors.items()})
+        edit_json(source / "config.json", dtype="bfloat16")
+    assert main(["head", str(source), str(tmp_path / "h")]) == 0
+    assert main(["export-head", str(tmp_path / "h"), str(tmp_path / "back")]) == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "back"))
+    assert before.keys() == after.keys()
+    for name in before:
+        assert before[name].dtype == after[name].dtype
+        assert before[name].tobytes() == after[name].tobytes()
+    theirs, ours = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "back"))
+    for key in ("block_size", "dflash_config", "num_target_layers", "rope_theta", "head_dim", "num_hidden_layers"):
+        assert ours[key] == theirs[key]
+    assert convert.read_head_config(tmp_path / "back") == convert.read_head_config(source)
+
+
+def test_rope_parameters_are_read(tmp_path):
+    source = shutil.copytree(DENSE / "head", tmp_path / "head")
+    config = json.loads((source / "config.json").read_text())
+    del config["rope_theta"], config["rope_scaling"]
+    config["rope_parameters"] = {"rope_theta": 12345.0, "rope_type": "default"}
+    (source / "config.json").write_text(json.dumps(config))
+    assert convert.read_head_config(source).rope_theta == 12345.0
+
+
+def test_a_head_without_causal_flag_is_bidirectional(tmp_path):
+    source = shutil.copytree(DENSE / "head", tmp_path / "head")
+    assert convert.read_head_config(source).causal
+    edit_json(source / "config.json", dflash_config={"mask_token_id": 63, "target_layer_ids": [1, 3, 5]})
+    assert not convert.read_head_config(source).causal
+
+
+def test_tokenizer_files_travel_along(tmp_path, target):
+    (target / "tokenizer.json").write_text("{}")
+    (target / "chat_template.jinja").write_text("{{ messages }}")
+    assert main(["target", str(target), str(tmp_path / "t")]) == 0
+    assert (tmp_path / "t" / "tokenizer" / "tokenizer.json").read_text() == "{}"
+    assert (tmp_path / "t" / "tokenizer" / "chat_template.jinja").exists()
+
+
+def test_generation_config_names_the_end_tokens(target):
+    edit_json(target / "config.json", eos_token_id=5)
+    assert convert.read_target_config(target).eos_token_ids == (5,)
+    edit_json(target / "generation_config.json", eos_token_id=[7, 9])
+    assert convert.read_target_config(target).eos_token_ids == (7, 9)
+
+
+def test_a_stored_tied_lm_head_must_be_the_embedding(tmp_path):
+    source = shutil.copytree(TIED / "target", tmp_path / "source")
+    rewrite(source, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
+    assert main(["target", str(source), str(tmp_path / "good")]) == 0
+    rewrite(source, lambda t: t.update({"lm_head.weight": t["lm_head.weight"] + 1}))
+    assert main(["target", str(source), str(tmp_path / "bad")]) == 2
+
+
+NAME = "model.layers.3.mlp.up_proj.weight"
+BAD_TENSORS = {
+    "lacks 1 tensor": lambda t: t.pop(NAME) is None or t,
+    "holds 1 tensor": lambda t: t.update({"model.layers.8.mlp.up_proj.weight": t[NAME]}),
+    "has shape": lambda t: t.update({NAME: t[NAME].T.copy()}),
+    "not finite": lambda t: t[NAME].__setitem__((3, 4), np.nan),
+    "dtype I32": lambda t: t.update({NAME: t[NAME].astype(np.int32)}),
+}
+
+
+@pytest.mark.parametrize("message", BAD_TENSORS)
+def test_unsound_tensors_are_refused(tmp_path, target, capsys, message):
+    rewrite(target, BAD_TENSORS[message])
+    assert_refused(tmp_path, target, capsys, message)
+
+
+def assert_refused(tmp_path, source, capsys, message, kind="target"):
+    """One line that says so, status 2, and no output."""
+    out = tmp_path / "output"
+    assert main([kind, str(source), str(out)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error
+    assert error.startswith("jetspec-convert: error: ")
+    assert [path.name for path in tmp_path.iterdir() if "output" in path.name] == []
+
+
+def test_infinity_after_a_cast_is_refused(tmp_path, target):
+    rewrite(target, lambda t: t.update({NAME: np.full(t[NAME].shape, 3.4e38, np.float32)}))
+    with pytest.raises(JetSpecError, match="not finite after the cast"):
+        convert.read_target(target, "bfloat16", progress=False)
+
+
+def damage_header(change):
+    def damage(folder):
+        file = folder / "model.safetensors"
+        data = file.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        header = json.dumps(change(json.loads(data[8:8 + length]))).encode()
+        file.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length:])
+    return damage
+
+
+def cut(count):
+    def damage(folder):
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:count])
+    return damage
+
+
+def double_name(folder):
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8:8 + length].rstrip()
+    entry = header[1:header.index(b"}") + 1]
+    header = b"{" + entry + b"," + header[1:]
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length:])
+
+
+def set_entry(name, **changes):
+    return damage_header(lambda header: {**header, name: {**header[name], **changes}})
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    (cut(0), "truncated"), (cut(5), "truncated"), (cut(300), "truncated"), (cut(-4), "truncated download"),
+    (double_name, "occurs twice"), (set_entry(NAME, data_offsets=[0, 32768]), "overlap"),
+    (set_entry(NAME, data_offsets=[10**15, 10**15 + 32768]), "overlap or leave gaps"),
+    (set_entry(NAME, data_offsets=[0]), "lacks dtype"), (set_entry(NAME, shape=[-1, 64]), "has shape"),
+    (set_entry(NAME, shape=[128, 65]), "does not take"), (set_entry(NAME, shape=[2**40, 2**40]), "does not take"),
+    (set_entry(NAME, shape="64"), "has shape"), (set_entry(NAME, dtype="F8_E4M3"), "F8_E4M3"),
+    (lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 64), "header length"),
+    (lambda folder: (folder / "model.safetensors").write_bytes(b"\x10" + bytes(7) + b"[1,2,3,4,5,6,78]"), "not a JSON"),
+    (lambda folder: (folder / "model.safetensors").unlink(), "no safetensors")])
+def test_hostile_files_are_refused(tmp_path, target, capsys, damage, message):
+    damage(target)
+    assert_refused(tmp_path, target, capsys, message)
+
+
+def test_pickle_files_are_refused_unopened(tmp_path, target, capsys):
+    class Bomb:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "exploded"),))
+
+    (target / "model.safetensors").unlink()
+    (target / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    assert_refused(tmp_path, target, capsys, "pickle")
+    assert not (tmp_path / "exploded").exists()
+
+
+def edit_index(change):
+    def damage(folder):
+        shard(folder)
+        file = folder / "model.safetensors.index.json"
+        index = json.loads(file.read_text())
+        change(index["weight_map"], folder)
+        file.write_text(json.dumps(index))
+    return damage
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    (edit_index(lambda m, f: m.update({NAME: "../other.safetensors"})), "not a file name inside the folder"),
+    (edit_index(lambda m, f: m.update({NAME: "/etc/passwd"})), "not a file name inside the folder"),
+    (edit_index(lambda m, f: m.update({NAME: 7})), "not a file name"),
+    (edit_index(lambda m, f: m.update({NAME: "pytorch_model.bin"})), "no safetensors file"),
+    (edit_index(lambda m, f: m.update({NAME: "absent.safetensors"})), "missing"),
+    (edit_index(lambda m, f: m.pop(NAME)), "disagree"),
+    (edit_index(lambda m, f: m.clear()), "no weight_map"),
+    (edit_index(lambda m, f: m.update({NAME: next(file for file in m.values() if file != m[NAME])})), "disagree"),
+    (edit_index(lambda m, f: save_file({NAME: np.zeros((2, 2), np.float32)}, f / "extra.safetensors")
+                or m.update({"other": "extra.safetensors"})), "stored twice")])
+def test_an_unsound_index_is_refused(tmp_path, target, capsys, damage, message):
+    damage(target)
+    assert_refused(tmp_path, target, capsys, message)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"model_type": "gpt2"}, "model_type 'gpt2'"), ({"hidden_size": None}, "lacks 'hidden_size'"),
+    ({"hidden_size": "64"}, "must be an integer"), ({"hidden_size": 128}, "shape"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"), ({"hidden_act": "gelu"}, "'gelu'"),
+    ({"use_sliding_window": True}, "use_sliding_window"), ({"mlp_bias": True}, "mlp_bias"),
+    ({"quantization_config": {"bits": 4}}, "dequantised"), ({"num_attention_heads": 3}, "not a multiple"),
+    ({"num_hidden_layers": 9}, "lacks"), ({"num_hidden_layers": 7}, "holds"), ({"tie_word_embeddings": True}, "ties")])
+def test_configs_that_do_not_fit_are_refused(tmp_path, target, capsys, changes, message):
+    edit_json(target / "config.json", **changes)
+    assert_refused(tmp_path, target, capsys, message)
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", '{"a": 1, "a": 2}', "[" * 100_000])
+def test_damaged_configs_are_refused(tmp_path, target, capsys, text):
+    if text is None:
+        (target / "config.json").unlink()
+    else:
+        (target / "config.json").write_text(text)
+    assert_refused(tmp_path, target, capsys, "config.json")
+
+
+def test_target_and_head_are_not_confused(tmp_path, capsys):
+    assert_refused(tmp_path, DENSE / "target", capsys, "no dflash_config", kind="head")
+    assert_refused(tmp_path, DENSE / "head", capsys, "lacks")
+    assert_refused(tmp_path, tmp_path / "absent", capsys, "does not exist")
+    assert main(["export-head", str(DENSE / "head"), str(tmp_path / "output")]) == 2
+    with pytest.raises(JetSpecError, match="does not fit"):
+        load_pretrained(DENSE / "target", TIED / "head")
+
+
+def test_existing_output_is_left_alone(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("mine")
+    assert main(["target", str(DENSE / "target"), str(tmp_path / "out")]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+def run_python(code, *arguments):
+    """A process of its own, for limits and memory."""
+    root = Path(__file__).parent.parent
+    return subprocess.run([sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)], cwd=root, text=True,
+                          capture_output=True, timeout=300)
+
+
+def test_a_full_disk_leaves_nothing(tmp_path):
+    """The operating system refuses files above 20 kB, as a full disk would."""
+    done = run_python("""
+        import resource, sys
+        from converters.cli import main
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        sys.exit(main(["target", *sys.argv[1:]]))
+        """, DENSE / "target", tmp_path / "out")
+    assert done.returncode == 2, done.stderr
+    assert "nothing was left behind" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_peak_memory_stays_near_the_outputs_size(tmp_path):
+    """At most 1.3 times the output and 1 GB: a model of 1.2 GB whose parts would not fit twice."""
+    config = tiny_target(dtype="bfloat16", vocab_size=150_000, hidden_size=1024, intermediate_size=4096,
+                         num_layers=16, num_heads=16, num_kv_heads=8, head_dim=64)
+    source = tmp_path / "big"
+    source.mkdir()
+    rng = np.random.default_rng(0)
+    block = rng.integers(0, 2**14, 2**20, dtype=np.uint16)  # finite bfloat16 bits
+    save_file({part.name: np.resize(block, part.shape).view(ml_dtypes.bfloat16)
+               for slot in target_slots(config) for part in slot.parts}, source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps({
+        "model_type": "qwen3", "vocab_size": 150_000, "hidden_size": 1024, "intermediate_size": 4096,
+        "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64,
+        "rope_theta": 1e4, "rms_norm_eps": 1e-6, "max_position_embeddings": 600, "dtype": "bfloat16"}))
+    done = run_python("""
+        import resource, sys
+        from converters.cli import main
+        assert main(["target", *sys.argv[1:]]) == 0
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        """, source, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    size = sum(file.stat().st_size for file in (tmp_path / "out").rglob("*") if file.is_file())
+    peak = int(done.stdout.split()[-1])
+    assert size > 1.1e9
+    assert peak < 1.3 * size + 1e9
+    shutil.rmtree(tmp_path / "out")
+    shutil.rmtree(source)

@@ -1,0 +1,175 @@
+"""Live parity with transformers on torch: the real formats' own implementation decides what is right."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jetspec_jax import TreeConfig, load_pretrained
+from jetspec_jax.attention import causal_bits
+from jetspec_jax.cache import KVCache
+from jetspec_jax.generate import generate
+from jetspec_jax.pretrained import cache_folder
+from jetspec_jax.target import target_forward, target_logits
+
+torch = pytest.importorskip("torch", reason="extra `parity` is not installed")
+transformers = pytest.importorskip("transformers")
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
+
+SIZES = {"vocab_size": 131, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 3,
+         "max_position_embeddings": 256}
+CASES = {
+    "qwen3 tied, groups of 1": ("Qwen3", {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 16,
+                                          "tie_word_embeddings": True}),
+    "qwen3 untied, groups of 2": ("Qwen3", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}),
+    "qwen3 groups of 4, odd sizes": ("Qwen3", {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 10,
+                                               "hidden_size": 35, "intermediate_size": 51, "rms_norm_eps": 1e-5}),
+    "qwen3 with biases": ("Qwen3", {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8,
+                                    "attention_bias": True}),
+    "llama": ("Llama", {"num_attention_heads": 6, "num_key_value_heads": 3}),
+    "llama tied, biases, head_dim": ("Llama", {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 24,
+                                               "attention_bias": True, "tie_word_embeddings": True}),
+}
+
+
+def random_model(kind, sizes, seed=0):
+    """A transformers model with weights large enough to matter, biases and norms included."""
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **sizes})
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "bias" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(0.25 * torch.randn_like(parameter))
+    return model
+
+
+def our_logits(pair, ids, taps=()):
+    ids = jnp.asarray(ids, jnp.int32)
+    batch, size = ids.shape
+    positions = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32)[None], ids.shape)
+    out = target_forward(pair.target_config, pair.params.target, ids, positions, causal_bits(batch, size),
+                         KVCache.create(pair.target_config, batch, 1), jnp.zeros((batch,), jnp.int32), taps)
+    return np.asarray(target_logits(pair.target_config, pair.params.target, out.hidden)), np.asarray(out.tapped)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_tapped_states(tmp_path, case):
+    model = random_model(*CASES[case])
+    model.save_pretrained(tmp_path / "hf")
+    ids = np.random.default_rng(0).integers(0, 131, (2, 40))
+    with torch.inference_mode():
+        theirs = model(torch.tensor(ids), output_hidden_states=True)
+    logits, tapped = our_logits(load_pretrained(tmp_path / "hf"), ids, taps=(0, 1))
+    expected = theirs.logits.numpy()
+    np.testing.assert_allclose(logits, expected, atol=1e-4 * max(1, np.abs(expected).max()))
+    for i in range(2):  # the output of layer id is hidden_states[id + 1]
+        width = model.config.hidden_size
+        np.testing.assert_allclose(tapped[..., i * width:(i + 1) * width], theirs.hidden_states[i + 1].numpy(),
+                                   atol=1e-4 * float(theirs.hidden_states[i + 1].abs().max()))
+
+
+@pytest.mark.parametrize("case", ["qwen3 untied, groups of 2", "llama tied, biases, head_dim"])
+def test_sharded_files_are_the_same_model(tmp_path, case):
+    model = random_model(*CASES[case])
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_size="40KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    ids = np.random.default_rng(0).integers(0, 131, (1, 20))
+    one, many = (our_logits(load_pretrained(tmp_path / name), ids)[0] for name in ("one", "many"))
+    np.testing.assert_array_equal(one, many)
+
+
+def test_bfloat16_files(tmp_path):
+    """Read as float32, the rounded weights give transformers' float32 logits; read as bfloat16, logits near them."""
+    model = random_model(*CASES["qwen3 untied, groups of 2"]).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "hf")
+    ids = np.random.default_rng(0).integers(0, 131, (1, 30))
+    reread = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    with torch.inference_mode():
+        exact = reread(torch.tensor(ids)).logits.numpy()
+    scale = np.abs(exact).max()
+    wide = load_pretrained(tmp_path / "hf", dtype="float32")
+    np.testing.assert_allclose(our_logits(wide, ids)[0], exact, atol=1e-4 * scale)
+    narrow = load_pretrained(tmp_path / "hf", dtype="bfloat16")
+    assert narrow.params.target["params"]["embedding"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(our_logits(narrow, ids)[0], exact, atol=0.05 * scale)
+
+
+@pytest.mark.parametrize("case", ["qwen3 untied, groups of 2", "llama"])
+def test_greedy_generation(tmp_path, case):
+    model = random_model(*CASES[case])
+    model.save_pretrained(tmp_path / "hf")
+    prompt = [5, 99, 3]
+    with torch.inference_mode():
+        theirs = model.generate(torch.tensor([prompt]), max_new_tokens=25, do_sample=False, eos_token_id=None,
+                                pad_token_id=0)[0, 3:].tolist()
+    assert generate(load_pretrained(tmp_path / "hf"), prompt, max_new_tokens=25, tree=None,
+                    eos_token_ids=()).token_ids == theirs
+
+
+TEXT = ("The capital of France is Paris. In 1889, 300 workers finished the tower (18,038 parts!);\n\n"
+        "def area(r):\n    return 3.14159 * r ** 2  # déjà vu, naïve café, 北京")
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return load_pretrained("smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def peer(smollm2):
+    """transformers reads the same GGUF file with its own dequantisation and permutation."""
+    folder = cache_folder() / "smollm2-135m"
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", dtype=torch.float32).eval()
+
+
+def test_smollm2_logits_on_real_text(smollm2, peer):
+    ids = np.asarray([smollm2.tokenizer(TEXT)["input_ids"]])
+    with torch.inference_mode():
+        expected = peer(torch.tensor(ids)).logits.numpy()
+    logits, _ = our_logits(smollm2, ids)
+    np.testing.assert_allclose(logits, expected, atol=2e-3)
+    assert (logits.argmax(-1) == expected.argmax(-1)).all()
+
+
+def test_smollm2_tokenizer_is_the_ggufs_own(smollm2):
+    theirs = transformers.AutoTokenizer.from_pretrained(cache_folder() / "smollm2-135m",
+                                                        gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+    ids = smollm2.tokenizer(TEXT)["input_ids"]
+    assert smollm2.tokenizer.decode(ids) == TEXT
+    assert smollm2.chat("Hi") == theirs.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False,
+                                                            add_generation_prompt=True)
+    chat = smollm2.tokenizer(smollm2.chat("Hi"))["input_ids"]
+    assert (chat[0], chat.count(2)) == (1, 2)  # <|im_start|> and <|im_end|> are single tokens
+    assert all(len(smollm2.tokenizer.decode([i]).strip()) <= 1 for i in smollm2.tokenizer("18038")["input_ids"])
+
+
+def test_smollm2_knows_the_capital_of_france_by_tree(smollm2):
+    out = generate(smollm2, "The capital of France is", max_new_tokens=12, tree=TreeConfig(budget=16))
+    plain = generate(smollm2, "The capital of France is", max_new_tokens=12, tree=None)
+    assert "Paris" in out.text
+    assert out.token_ids == plain.token_ids
+    assert smollm2.head_is_trained is False
+
+
+def test_a_hugging_face_folder_with_tokenizer_loads_as_it_is(tmp_path, smollm2):
+    """The tokenizer and the chat template of a plain Hugging Face folder are found, and travel through conversion."""
+    from converters.cli import main
+    model = random_model(*CASES["llama"])
+    model.save_pretrained(tmp_path / "hf")
+    smollm2.tokenizer.save_pretrained(tmp_path / "hf")
+    assert main(["target", str(tmp_path / "hf"), str(tmp_path / "out")]) == 0
+    for folder in ("hf", "out"):
+        pair = load_pretrained(tmp_path / folder)
+        assert pair.tokenizer("a b")["input_ids"] == smollm2.tokenizer("a b")["input_ids"]
+        assert pair.chat("Hi") == smollm2.chat("Hi")
+    assert json.loads((tmp_path / "out" / "jetspec.json").read_text())["source"] == str(tmp_path / "hf")
+    shutil.rmtree(tmp_path / "out" / "tokenizer")
+    assert load_pretrained(Path(tmp_path / "out")).tokenizer is None

@@ -1,0 +1,86 @@
+"""The scripts as a user runs them, in their own processes with fully optimised programs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from tests.models import DATA
+
+ROOT = Path(__file__).parent.parent
+PAIR = ("--model", DATA / "dense" / "target", "--head", DATA / "dense" / "head")
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def decode(*arguments):
+    return run("experiments/decode.py", *arguments)
+
+
+def test_decode_on_the_default_pair_in_json():
+    done = decode("--prompt", "The capital of France is", "--no-chat-template", "--max-new-tokens", 8, "--budget", 8,
+                  "--compare-ar", "--json")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    report = json.loads(lines[-1])
+    assert "Paris" in report["text"]
+    assert report["identical"] is True
+    assert len(report["token_ids"]) == 8
+    assert report["rounds"] == len(report["accept_lengths"])
+    assert report["tokens_per_second"] > 0
+    assert report["ar"]["rounds"] == 7
+    assert report["text"] in done.stdout.replace(lines[-1], "")  # it was streamed
+    assert "no head has been trained" in done.stderr
+    assert "tokens identical: True" in done.stdout
+
+
+def test_decode_reports_accepted_lengths(tmp_path):
+    """A recorded pair has no tokenizer, so its prompts are given through the library; the script says what is missing."""
+    done = decode(*PAIR, "--prompt", "Hi", "--no-chat-template")
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1] == "error: this target has no tokenizer: pass token ids instead of text"
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("--budget", 0), "tree budget"), (("--tree-width", 17), "tree width"), (("--temperature", -1), "temperature"),
+    (("--top-p", 2), "top_p"), (("--prompt-file", "absent.txt"), "cannot read --prompt-file absent.txt"),
+    (("--model", "qwen3-9b"), "unknown target 'qwen3-9b'"), ((*PAIR, "--prompt", "Hi"), "no chat template")])
+def test_a_users_mistake_is_one_line(arguments, message):
+    done = decode(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("content", ["", '{"text": "a"}\n', "[1]\n", '{"prompt": 3}\n', "{\n"])
+def test_bad_prompt_files(tmp_path, content):
+    from argparse import Namespace
+
+    from experiments.decode import read_prompts
+    from jetspec_jax import JetSpecError
+    (tmp_path / "p.jsonl").write_text(content)
+    with pytest.raises(JetSpecError, match=r"p\.jsonl"):
+        read_prompts(Namespace(prompt=None, prompt_file=tmp_path / "p.jsonl"))
+
+
+def test_convert_as_a_module(tmp_path):
+    done = run("-m", "converters", "head", DATA / "dense" / "head", tmp_path / "h")
+    assert done.returncode == 0, done.stderr
+    assert "100%" in done.stderr  # the progress bar
+    done = run("-m", "converters", "export-head", tmp_path / "h", tmp_path / "back")
+    assert done.returncode == 0, done.stderr
+    before, after = (load_file(folder / "model.safetensors") for folder in (DATA / "dense" / "head", tmp_path / "back"))
+    assert {n: t.tobytes() for n, t in before.items()} == {n: t.tobytes() for n, t in after.items()}
+
+
+def test_round_cost_reports_phases():
+    done = run("experiments/round_cost.py", *PAIR, "--budget", 8, "--context", 32, "--repeats", 1)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert set(report["milliseconds"]) == {"draft", "head commit", "tree", "verify", "accept", "commit", "round"}
+    assert all(value > 0 for value in report["milliseconds"].values())
