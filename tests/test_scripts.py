@@ -39,8 +39,7 @@ def test_decode_on_the_default_pair_in_json():
     assert "tokens identical: True" in done.stdout
 
 
-def test_decode_reports_accepted_lengths(tmp_path):
-    """A recorded pair has no tokenizer, so its prompts are given through the library; the script says what is missing."""
+def test_decode_says_that_a_tokenizer_is_missing():
     done = decode(*PAIR, "--prompt", "Hi", "--no-chat-template")
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1] == "error: this target has no tokenizer: pass token ids instead of text"
