@@ -67,8 +67,7 @@ def phases_of_a_round(pair: Pair, drafter: HeadDrafter, state: DecodeState) -> d
                 drafter.observe(draft, out.tapped, path.nodes, path.count), record(state, path, path.count, sizes))
 
     forward = jax.jit(lambda p, s: drafter.draft_logits(p, s.drafter, anchor, position))
-    keep = jax.jit(lambda d, k, v: d.cache.commit(k, v, position - d.pending_count, d.pending_count, anchor),
-                   donate_argnums=0)
+    keep = jax.jit(lambda cache, k, v, count: cache.commit(k, v, position - count, count, anchor), donate_argnums=0)
     grow = jax.jit(lambda logits: drafter.grow(anchor, logits))
     verify = jax.jit(lambda p, s, tree: run_target(decoder, p, s.cache, tree, position))
     decide = jax.jit(lambda s, tree, logits: judge(decoder, s, tree, logits, position))
@@ -80,14 +79,12 @@ def phases_of_a_round(pair: Pair, drafter: HeadDrafter, state: DecodeState) -> d
     out, verdicts = verify(params, state, tree)
     path = decide(state, tree, verdicts)
     # Donated arguments are handed over, as in the loop, so that a phase pays for what it writes and not for a copy.
-    held: dict[str, Any] = {"head": state.drafter, "caches": (state.cache, state.drafter), "state": state}
+    held: dict[str, Any] = {"head": state.drafter.cache, "caches": (state.cache, state.drafter), "state": state}
     held = jax.tree.map(jnp.copy, held)
 
     def timed_keep() -> Any:
-        cache = keep(held["head"], k, v)
-        held["head"] = replace(held["head"], cache=cache, pending=jnp.copy(state.drafter.pending),
-                                            pending_count=jnp.copy(state.drafter.pending_count))
-        return cache
+        held["head"] = keep(held["head"], k, v, state.drafter.pending_count)
+        return held["head"]
 
     def timed_end() -> Any:
         cache, draft, rest = end(*held["caches"], out, path, tree.size)

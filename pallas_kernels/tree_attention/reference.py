@@ -9,7 +9,7 @@ from jax import Array, lax
 from pallas_kernels.tree_attention.bits import unpack_bits
 
 # Cache slots looked at in one step. The loop ends at the longest committed length, so empty slots cost nothing.
-BLOCK = 256
+BLOCK = 512
 
 
 def tree_attention(q: Array, new_k: Array, new_v: Array, visible: Array, cache_k: Array, cache_v: Array,
