@@ -34,7 +34,10 @@ class GGUFFile:
             raise JetSpecError(f"cannot read {file}: {error.strerror or error}") from error
         except Exception as error:  # the reader meets damage as whatever numpy or struct raise
             raise JetSpecError(f"{file} is not a sound GGUF file (truncated download?): {error}") from error
-        self.config = self._read_config()
+        try:
+            self.config = self._read_config()
+        except TypeError as error:  # a list or a text where a number belongs
+            raise JetSpecError(f"{file}: its metadata is not that of a supported model: {error}") from error
         names = {gguf_name(part.name): part.name for slot in target_slots(self.config) for part in slot.parts}
         self._tensors: dict[str, Any] = {}
         for tensor in self._reader.tensors:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.safetensors_folder import read_json
-from jetspec_jax.config import FLOAT_DTYPES, HeadConfig, TargetConfig
+from jetspec_jax.config import FLOAT_DTYPES, HeadConfig, TargetConfig, is_integer
 from jetspec_jax.errors import JetSpecError
 
 DEFAULT_HEAD_DIM = {"qwen3": 128}  # Llama derives it from the hidden size
@@ -43,7 +43,7 @@ def read_head_config(folder: Path) -> HeadConfig:
         raise JetSpecError(f"{file} has no dflash_config: it does not describe a JetSpec or DFlash draft head")
     _refuse_unknown_features(file, config)
     bias = bool(config.get("attention_bias", False))
-    layer_ids = _get(file, dflash, "target_layer_ids")
+    layer_ids = dflash.get("target_layer_ids")
     if not isinstance(layer_ids, list):
         raise JetSpecError(f"{file}: target_layer_ids must be a list, not {layer_ids!r}")
     return HeadConfig(
@@ -80,8 +80,8 @@ def _transformer_fields(file: Path, config: dict[str, Any], model_type: str) -> 
         "intermediate_size": _get(file, config, "intermediate_size"),
         "num_layers": _get(file, config, "num_hidden_layers"), "num_heads": heads,
         "num_kv_heads": config.get("num_key_value_heads") or heads, "head_dim": head_dim,
-        "rope_theta": float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-        "rms_norm_eps": float(config.get("rms_norm_eps", 1e-6)), "dtype": dtype}
+        "rope_theta": _number(file, "rope_theta", rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+        "rms_norm_eps": _number(file, "rms_norm_eps", config.get("rms_norm_eps", 1e-6)), "dtype": dtype}
 
 
 def _refuse_unknown_features(file: Path, config: dict[str, Any]) -> None:
@@ -105,17 +105,23 @@ def _refuse_unknown_features(file: Path, config: dict[str, Any]) -> None:
         raise JetSpecError(f"{file}: sliding attention layers are not supported")
 
 
-def _get(file: Path, config: dict[str, Any], name: str) -> Any:
+def _get(file: Path, config: dict[str, Any], name: str) -> int:
     value = config.get(name)
     if value is None:
         raise JetSpecError(f"{file} lacks {name!r}")
-    if not isinstance(value, list) and (not isinstance(value, int) or isinstance(value, bool)):
+    if not is_integer(value):
         raise JetSpecError(f"{file}: {name} must be an integer, not {value!r}")
     return value
 
 
+def _number(file: Path, name: str, value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise JetSpecError(f"{file}: {name} must be a number, not {value!r}")
+    return float(value)
+
+
 def _eos(file: Path, value: Any) -> tuple[int, ...]:
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+    if not all(is_integer(i) and i >= 0 for i in ids):
         raise JetSpecError(f"{file}: eos_token_id {value!r} is neither a token id nor a list of them")
     return tuple(ids)

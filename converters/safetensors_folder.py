@@ -11,6 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jetspec_jax.config import is_integer
 from jetspec_jax.errors import JetSpecError
 
 DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
@@ -157,8 +158,8 @@ def _read_header(file: Path) -> dict[str, _Entry]:
         if dtype not in DTYPES:
             raise JetSpecError(f"{file}: tensor {name} has dtype {dtype}, supported are {', '.join(DTYPES)}; "
                                "quantised checkpoints must be dequantised first")
-        numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
-        if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
+        numbers: list[Any] = [*shape, begin, end] if isinstance(shape, list) else [None]
+        if not all(is_integer(n) and n >= 0 for n in numbers):
             raise damaged(f"tensor {name} has shape {shape} and offsets {begin}, {end}")
         if math.prod(shape) * DTYPES[dtype].itemsize != end - begin:
             raise damaged(f"tensor {name} of shape {shape} and dtype {dtype} does not take {end - begin} bytes")

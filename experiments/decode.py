@@ -30,8 +30,10 @@ def main() -> None:
     args = build_parser().parse_args()
     # A wrong option should not cost the loading of a model.
     tree, sampling, messages = tree_from(args), sampling_from(args), read_prompts(args)
+    if args.system is not None and args.no_chat_template:
+        raise JetSpecError("--system is part of the chat template: it cannot go with --no-chat-template")
     pair = load(args)
-    prompts = [message if args.no_chat_template else pair.chat(message, args.system) for message in messages]
+    prompts = [as_prompt(pair, message, args) for message in messages]
     if not pair.head_is_trained:
         print("note: no head has been trained for this target yet; a random one drafts, so nearly nothing is accepted "
               "and this is slower than plain decoding", file=sys.stderr)
@@ -59,8 +61,19 @@ def main() -> None:
         print(json.dumps(report))
 
 
-def answer(pair: Pair, message: str, prompt: str, index: int, args: argparse.Namespace, tree: TreeConfig | None,
-           sampling: SamplingParams) -> Generation:
+def as_prompt(pair: Pair, message: str, args: argparse.Namespace) -> str | list[int]:
+    """What the model reads: the message in its chat template, or as it is; token ids where there is no tokenizer."""
+    if pair.tokenizer is None:
+        try:
+            return [int(word) for word in message.split()]
+        except ValueError as error:
+            raise JetSpecError("this target has no tokenizer: give each prompt as token ids, like --prompt "
+                               "'12 7 300'") from error
+    return message if args.no_chat_template else pair.chat(message, args.system)
+
+
+def answer(pair: Pair, message: str, prompt: str | list[int], index: int, args: argparse.Namespace,
+           tree: TreeConfig | None, sampling: SamplingParams) -> Generation:
     """Decodes one prompt; a tree's text is streamed to standard output."""
     show_text = tree is not None
     if show_text:
@@ -68,7 +81,7 @@ def answer(pair: Pair, message: str, prompt: str, index: int, args: argparse.Nam
     for chunk in stream(pair, prompt, max_new_tokens=args.max_new_tokens, tree=tree, sampling=sampling,
                         seed=args.seed):
         if show_text:
-            print(chunk.text if pair.tokenizer else " ".join(map(str, chunk.token_ids)), end="", flush=True)
+            print(chunk.text if pair.tokenizer else " ".join(map(str, ["", *chunk.token_ids])), end="", flush=True)
     if show_text:
         print()
     assert chunk.result is not None  # the last chunk carries the result

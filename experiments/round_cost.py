@@ -62,32 +62,34 @@ def phases_of_a_round(pair: Pair, drafter: HeadDrafter, state: DecodeState) -> d
     position = state.length - 1
     anchor = jnp.take_along_axis(state.tokens, position[:, None], axis=1)[:, 0]
 
-    def finish(cache: Any, draft: Any, out: Any, path: Any, sizes: Any) -> Any:
+    def finish(cache: Any, draft: Any, state: Any, out: Any, path: Any, sizes: Any, position: Any) -> Any:
         return (commit(cache, out, path, position, path.count),
                 drafter.observe(draft, out.tapped, path.nodes, path.count), record(state, path, path.count, sizes))
 
-    forward = jax.jit(lambda p, s: drafter.draft_logits(p, s.drafter, anchor, position))
-    keep = jax.jit(lambda cache, k, v, count: cache.commit(k, v, position - count, count, anchor), donate_argnums=0)
-    grow = jax.jit(lambda logits: drafter.grow(anchor, logits))
-    verify = jax.jit(lambda p, s, tree: run_target(decoder, p, s.cache, tree, position))
-    decide = jax.jit(lambda s, tree, logits: judge(decoder, s, tree, logits, position))
+    # Everything that varies from round to round is an operand: a constant would be folded.
+    forward = jax.jit(lambda p, s, *at: drafter.draft_logits(p, s.drafter, *at))
+    keep = jax.jit(lambda cache, k, v, count, anchor, position: cache.commit(k, v, position - count, count, anchor),
+                   donate_argnums=0)
+    grow = jax.jit(drafter.grow)
+    verify = jax.jit(lambda p, s, tree, position: run_target(decoder, p, s.cache, tree, position))
+    decide = jax.jit(lambda s, tree, logits, position: judge(decoder, s, tree, logits, position))
     end = jax.jit(finish, donate_argnums=(0, 1))
     whole = jax.jit(run_rounds, static_argnums=0, donate_argnums=2)
 
-    logits, k, v = forward(params, state)
-    tree = grow(logits)
-    out, verdicts = verify(params, state, tree)
-    path = decide(state, tree, verdicts)
+    logits, k, v = forward(params, state, anchor, position)
+    tree = grow(anchor, logits)
+    out, verdicts = verify(params, state, tree, position)
+    path = decide(state, tree, verdicts, position)
     # Donated arguments are handed over, as in the loop, so that a phase pays for what it writes and not for a copy.
     held: dict[str, Any] = {"head": state.drafter.cache, "caches": (state.cache, state.drafter), "state": state}
     held = jax.tree.map(jnp.copy, held)
 
     def timed_keep() -> Any:
-        held["head"] = keep(held["head"], k, v, state.drafter.pending_count)
+        held["head"] = keep(held["head"], k, v, state.drafter.pending_count, anchor, position)
         return held["head"]
 
     def timed_end() -> Any:
-        cache, draft, rest = end(*held["caches"], out, path, tree.size)
+        cache, draft, rest = end(*held["caches"], state, out, path, tree.size, position)
         held["caches"] = (cache, draft)
         return rest
 
@@ -97,9 +99,9 @@ def phases_of_a_round(pair: Pair, drafter: HeadDrafter, state: DecodeState) -> d
         held["state"] = replace(held["state"], length=jnp.copy(state.length), rounds=jnp.copy(state.rounds))
         return held["state"].length
 
-    return {"draft": lambda: forward(params, state), "head commit": timed_keep, "tree": lambda: grow(logits),
-            "verify": lambda: verify(params, state, tree), "accept": lambda: decide(state, tree, verdicts),
-            "commit": timed_end, "round": timed_whole}
+    return {"draft": lambda: forward(params, state, anchor, position), "head commit": timed_keep,
+            "tree": lambda: grow(anchor, logits), "verify": lambda: verify(params, state, tree, position),
+            "accept": lambda: decide(state, tree, verdicts, position), "commit": timed_end, "round": timed_whole}
 
 
 def measure(phases: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:

@@ -284,7 +284,7 @@ def _as_list(prompt: Prompt | Sequence[Prompt]) -> tuple[bool, list[Prompt]]:
     if isinstance(prompt, str):
         return True, [prompt]
     items = list(np.asarray(prompt).tolist() if isinstance(prompt, np.ndarray | jax.Array) else prompt)
-    if items and all(is_integer(item) or isinstance(item, np.integer) for item in items):
+    if items and all(is_integer(item) for item in items):
         return True, [items]  # type: ignore[list-item]
     return False, items  # type: ignore[return-value]
 

@@ -57,8 +57,9 @@ def load_pretrained(target: str | Path, head: str | Path | None = None, *, dtype
 
     Args:
         target: a preset name (`jetspec_jax.PRESETS`), a converted folder, or a Hugging Face folder or hub id.
-        head: a converted or trained head, or a released one (folder or hub id). None takes the preset's; a target
-            that is no preset then has no head and decodes plainly (`tree=None`).
+        head: a converted or trained head, a released one (folder or hub id), or the name of a preset that has one.
+            None takes the target preset's; a target that is no preset then has no head and decodes plainly
+            (`tree=None`).
         dtype: "bfloat16", "float16", "float32" or "float64". None takes the stored one, but float32 on a CPU, where
             bfloat16 products are many times slower.
 
@@ -80,9 +81,7 @@ def load_pretrained(target: str | Path, head: str | Path | None = None, *, dtype
     head_params: dict = {}
     trained = True
     if head is not None or (preset is not None and preset.head_source):
-        head_folder = _find(str(head), "head") if preset is None or head is not None else _find(
-            str(preset.head_source), "head", preset)
-        head_config, head_params = _load(head_folder, "head", dtype)
+        head_config, head_params = _load(_find_head(head, preset), "head", dtype)
     elif preset and preset.head:
         head_config = preset.head.with_dtype(dtype or preset.head.dtype)
         head_params, trained = init_head(head_config, jax.random.key(0)), False
@@ -113,6 +112,15 @@ def _find(source: str, kind: str, preset: Preset | None = None) -> Path:
             raise JetSpecError(f"unknown {kind} {source!r}: expected a converted folder, a Hugging Face folder or hub "
                                f"id, or a preset ({', '.join(PRESETS)})") from error
         raise JetSpecError(f"{error}. {_by_hand(source, kind, preset)}") from error
+
+
+def _find_head(head: str | Path | None, preset: Preset | None) -> Path:
+    """The local folder of a head: given by source, by the name of a preset that has one, or the target preset's."""
+    named = PRESETS.get(str(head)) if head is not None and not Path(head).exists() else None
+    if head is None or (named is not None and named.head_source):
+        preset = named or preset
+        return _find(str(preset.head_source if preset else head), "head", preset)
+    return _find(str(head), "head")
 
 
 def _by_hand(source: str, kind: str, preset: Preset | None) -> str:

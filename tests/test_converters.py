@@ -283,7 +283,9 @@ def test_an_unsound_index_is_refused(tmp_path, target, capsys, damage, message):
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"model_type": "gpt2"}, "model_type 'gpt2'"), ({"hidden_size": None}, "lacks 'hidden_size'"),
-    ({"hidden_size": "64"}, "must be an integer"), ({"hidden_size": 128}, "shape"),
+    ({"hidden_size": "64"}, "must be an integer"), ({"hidden_size": [64]}, "must be an integer"),
+    ({"rope_theta": "big"}, "must be a number"), ({"rms_norm_eps": [1]}, "must be a number"),
+    ({"hidden_size": 128}, "shape"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"), ({"hidden_act": "gelu"}, "'gelu'"),
     ({"use_sliding_window": True}, "use_sliding_window"), ({"mlp_bias": True}, "mlp_bias"),
     ({"quantization_config": {"bits": 4}}, "dequantised"), ({"num_attention_heads": 3}, "not a multiple"),

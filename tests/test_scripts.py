@@ -39,16 +39,25 @@ def test_decode_on_the_default_pair_in_json():
     assert "tokens identical: True" in done.stdout
 
 
-def test_decode_says_that_a_tokenizer_is_missing():
-    done = decode(*PAIR, "--prompt", "Hi", "--no-chat-template")
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1] == "error: this target has no tokenizer: pass token ids instead of text"
+def test_decode_on_a_recorded_pair():
+    """Without a tokenizer prompts are token ids; the run is the recorded one."""
+    case = json.loads((DATA / "dense" / "expected.json").read_text())["cases"][0]
+    prompt = load_file(DATA / "dense" / "activations.safetensors")["0.prompt"].tolist()
+    done = decode(*PAIR, "--prompt", " ".join(map(str, prompt)), "--max-new-tokens", case["max_new"], "--compare-ar",
+                  "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert (report["text"], report["identical"]) == (None, True)
+    assert report["token_ids"] == case["ar_token_ids"]
+    assert report["accept_lengths"] == case["runs"][1]["accept_lengths"]
+    assert " ".join(map(str, case["ar_token_ids"])) in done.stdout
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (("--budget", 0), "tree budget"), (("--tree-width", 17), "tree width"), (("--temperature", -1), "temperature"),
     (("--top-p", 2), "top_p"), (("--prompt-file", "absent.txt"), "cannot read --prompt-file absent.txt"),
-    (("--model", "qwen3-9b"), "unknown target 'qwen3-9b'"), ((*PAIR, "--prompt", "Hi"), "no chat template")])
+    (("--model", "qwen3-9b"), "unknown target 'qwen3-9b'"), ((*PAIR, "--prompt", "Hi"), "no tokenizer"),
+    (("--system", "Be brief.", "--no-chat-template"), "--system")])
 def test_a_users_mistake_is_one_line(arguments, message):
     done = decode(*arguments)
     assert done.returncode == 2
