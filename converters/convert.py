@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from converters.assemble import TensorSource, assemble, check_names, take_apart
 from converters.gguf_file import GGUFFile
 from converters.huggingface import read_head_config, read_target_config, released_head_config
 from converters.names import Slot, head_slots, target_slots
-from converters.safetensors_folder import SINGLE, SafetensorsFolder
+from converters.safetensors_folder import SINGLE, SafetensorsFolder, write_safetensors
 from jetspec_jax import checkpoint
 from jetspec_jax.config import HeadConfig, TargetConfig
 from jetspec_jax.errors import JetSpecError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
-                   "added_tokens.json", "chat_template.jinja", "chat_template.json")
-HUB_FILES = ("*.json", "*.safetensors", "merges.txt", "chat_template.jinja")
+                   "added_tokens.json", "chat_template.jinja", "chat_template.json", "tokenizer.model")
+HUB_FILES = ("*.json", "*.safetensors", "merges.txt", "chat_template.jinja", "tokenizer.model")
 
 
 def read_target(source: Path, dtype: str | None = None, progress: bool = True) -> tuple[TargetConfig, dict]:
@@ -51,12 +51,19 @@ def read_head(source: Path, dtype: str | None = None, progress: bool = True) -> 
     return _read(tensors, config, head_slots(config), dtype, progress)
 
 
+def read_config(source: Path, kind: str) -> TargetConfig | HeadConfig:
+    """The shape of a foreign "target" or "head", without its weights."""
+    if kind == "head":
+        return read_head_config(source)
+    return GGUFFile(source).config if source.is_file() else read_target_config(source)
+
+
 def convert_target(source: Path, out: Path, dtype: str | None = None, progress: bool = True,
                    label: str | None = None) -> None:
     """Converts a target, with its tokenizer and chat template, into a checkpoint at `out`."""
     with checkpoint.written_beside(out) as folder:
-        config, params = read_target(source, dtype, progress)
         save_tokenizer(source, folder / checkpoint.TOKENIZER)
+        config, params = read_target(source, dtype, progress)
         checkpoint.save(folder, config, params, label or str(source))
 
 
@@ -68,18 +75,18 @@ def convert_head(source: Path, out: Path, dtype: str | None = None, progress: bo
         checkpoint.save(folder, config, params, label or str(source))
 
 
-def export_head(source: Path, out: Path) -> None:
+def export_head(source: Path, out: Path, progress: bool = True) -> None:
     """Writes a head checkpoint in the released format: config.json and model.safetensors."""
-    config, params = checkpoint.load(source)
-    if not isinstance(config, HeadConfig):
-        raise JetSpecError(f"{source} holds a target; only heads can be exported")
-    tensors = dict(take_apart(params, head_slots(config)))
     with checkpoint.written_beside(out) as folder:
+        config, params = checkpoint.load(source)
+        if not isinstance(config, HeadConfig):
+            raise JetSpecError(f"{source} holds a target; only heads can be exported")
         (folder / "config.json").write_text(json.dumps(released_head_config(config), indent=2) + "\n")
-        try:
-            save_file(tensors, folder / SINGLE, {"format": "pt"})
-        except SafetensorError as error:
-            raise JetSpecError(f"cannot write {out / SINGLE}: {error}; nothing was left behind") from error
+        slots = head_slots(config)
+        shapes = {part.name: part.shape for slot in slots for part in slot.parts}
+        size = sum(math.prod(shape) for shape in shapes.values()) * config.jnp_dtype.itemsize
+        with tqdm(total=size, unit="B", unit_scale=True, desc=out.name, disable=not progress) as bar:
+            write_safetensors(folder / SINGLE, shapes, config.jnp_dtype, take_apart(params, slots), bar.update)
 
 
 def save_tokenizer(source: Path, folder: Path) -> None:
@@ -117,6 +124,8 @@ def resolve_source(source: str) -> Path:
 
 def _read(source: TensorSource, config: Any, slots: list[Slot], dtype: str | None, progress: bool) -> tuple[Any, dict]:
     config = config.with_dtype(dtype or config.dtype)
+    if config.dtype == "float64" and not jax.config.read("jax_enable_x64"):
+        raise JetSpecError(f"{source.label} is float64, which needs jax_enable_x64: choose another dtype, like float32")
     check_names(source, slots, lambda name: _is_buffer(name) or (name == "lm_head.weight" and _tied(config)))
     total = sum(int(np.prod(part.shape)) for slot in slots for part in slot.parts) * config.jnp_dtype.itemsize
     with tqdm(total=total, unit="B", unit_scale=True, desc=Path(source.label).name, disable=not progress) as bar:

@@ -14,7 +14,7 @@ from jetspec_jax.config import TargetConfig
 from jetspec_jax.errors import JetSpecError
 
 ARCHITECTURES = ("llama", "qwen3")
-# What each tokenizer does before byte-level BPE: a split pattern, or None for ByteLevel's own (GPT-2's) pattern.
+# How Qwen2 and Qwen3 split text before byte-level BPE.
 QWEN2_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
                  r"|\s+(?!\S)|\s+")
 CONTROL, USER_DEFINED = 3, 4
@@ -97,7 +97,7 @@ class GGUFFile:
             eos_token_ids=() if eos < 0 else (eos,))
 
     def save_tokenizer(self, folder: Path) -> None:
-        """Writes the tokenizer and chat template as Hugging Face files.
+        """Writes the tokenizer and chat template as Hugging Face files; a file without a tokenizer writes nothing.
 
         Raises:
             JetSpecError: a tokenizer that is not byte-level BPE with a known pre-tokenizer.
@@ -105,6 +105,8 @@ class GGUFFile:
         from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
+        if self._reader.get_field("tokenizer.ggml.model") is None:
+            return
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
         qwen2 = pre_tokenizers.Split(Regex(QWEN2_PATTERN), behavior="isolated")
         splits: dict[str, list[Any]] = {
@@ -114,7 +116,8 @@ class GGUFFile:
         kind, pre = self.field("tokenizer.ggml.model"), self.field("tokenizer.ggml.pre", "gpt-2")
         if kind != "gpt2" or pre not in splits:
             raise JetSpecError(f"{self.label}: tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported; "
-                               f"supported is gpt2 with {', '.join(splits)}")
+                               f"supported is gpt2 with {', '.join(splits)}; convert the model's Hugging Face folder "
+                               "instead")
         tokens, types = self.field("tokenizer.ggml.tokens"), self.field("tokenizer.ggml.token_type")
         merges = [tuple(merge.split(" ", 1)) for merge in self.field("tokenizer.ggml.merges")]
         tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))

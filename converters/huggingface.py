@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from converters.safetensors_folder import read_json
-from jetspec_jax.config import FLOAT_DTYPES, HeadConfig, TargetConfig, is_integer
+from converters.safetensors_folder import read_json, stored_dtype
+from jetspec_jax.config import FLOAT_DTYPES, HeadConfig, TargetConfig, default_target_layer_ids, is_integer
 from jetspec_jax.errors import JetSpecError
 
 DEFAULT_HEAD_DIM = {"qwen3": 128}  # Llama derives it from the hidden size
@@ -43,14 +43,17 @@ def read_head_config(folder: Path) -> HeadConfig:
         raise JetSpecError(f"{file} has no dflash_config: it does not describe a JetSpec or DFlash draft head")
     _refuse_unknown_features(file, config)
     bias = bool(config.get("attention_bias", False))
-    layer_ids = dflash.get("target_layer_ids")
+    fields, target_layers = _transformer_fields(file, config, "qwen3"), _get(file, config, "num_target_layers")
+    layer_ids = dflash.get("target_layer_ids", list(default_target_layer_ids(target_layers, fields["num_layers"])))
     if not isinstance(layer_ids, list):
         raise JetSpecError(f"{file}: target_layer_ids must be a list, not {layer_ids!r}")
+    flags = {dflash[name] for name in ("causal_head", "causal") if name in dflash} or {False}
+    if len(flags) > 1 or not isinstance(next(iter(flags)), bool):
+        raise JetSpecError(f"{file}: causal_head must be true or false, and agree with causal, where that is given too")
     return HeadConfig(
-        **_transformer_fields(file, config, "qwen3"), qkv_bias=bias, out_bias=bias,
-        block_size=_get(file, config, "block_size"), target_layer_ids=tuple(layer_ids),
-        num_target_layers=_get(file, config, "num_target_layers"), mask_token_id=_get(file, dflash, "mask_token_id"),
-        causal=bool(dflash.get("causal_head", False)))
+        **fields, qkv_bias=bias, out_bias=bias, block_size=_get(file, config, "block_size"),
+        target_layer_ids=tuple(layer_ids),
+        num_target_layers=target_layers, mask_token_id=_get(file, dflash, "mask_token_id"), causal=flags.pop())
 
 
 def released_head_config(config: HeadConfig) -> dict[str, Any]:
@@ -71,7 +74,8 @@ def released_head_config(config: HeadConfig) -> dict[str, Any]:
 def _transformer_fields(file: Path, config: dict[str, Any], model_type: str) -> dict[str, Any]:
     heads, hidden = _get(file, config, "num_attention_heads"), _get(file, config, "hidden_size")
     head_dim = config.get("head_dim") or DEFAULT_HEAD_DIM.get(model_type) or hidden // max(heads, 1)
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    # Without a dtype in the config, the stored tensors decide.
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or stored_dtype(file.parent))
     if dtype not in FLOAT_DTYPES:
         raise JetSpecError(f"{file}: dtype {dtype!r} is not one of {', '.join(FLOAT_DTYPES)}")
     rope = config.get("rope_parameters") or {}

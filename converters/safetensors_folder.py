@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,13 @@ class SafetensorsFolder:
                                        f"in {file.name}")
                 self._entries[name] = entry
         _check_index(folder, self._entries)
+        if not self._entries:
+            raise JetSpecError(f"{folder} holds no tensors")
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
 
-    def dtype_of(self, name: str) -> str:
-        """The stored dtype's name."""
-        return self._entries[name].dtype.name
+    def widest_dtype(self) -> str:
+        """The name of the widest dtype that any tensor is stored in."""
+        return max((entry.dtype for entry in self._entries.values()), key=lambda dtype: dtype.itemsize).name
 
     def read(self, name: str) -> np.ndarray:
         entry = self._entries[name]
@@ -54,6 +57,36 @@ class SafetensorsFolder:
         if values.size != count:
             raise JetSpecError(f"{entry.file} is truncated in tensor {name}: download it again")
         return values.reshape(entry.shape)
+
+
+def write_safetensors(file: Path, shapes: dict[str, tuple[int, ...]], dtype: np.dtype,
+                      tensors: Iterable[tuple[str, np.ndarray]], progress: Callable[[int], object]) -> None:
+    """Writes tensors of one dtype, one at a time, so that memory never holds them twice.
+
+    Args:
+        shapes: every tensor's name and shape, in the order in which `tensors` yields them.
+        tensors: (name, value) in that order.
+        progress: told how many bytes were written.
+    """
+    name_of = {numpy: name for name, numpy in DTYPES.items()}[np.dtype(dtype)]
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
+        header[name] = {"dtype": name_of, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # aligned, as the format's own writer does
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for (name, value), expected in zip(tensors, shapes, strict=True):
+            assert name == expected  # both come from one table
+            stream.write(value.tobytes())
+            progress(value.nbytes)
+
+
+def stored_dtype(folder: Path) -> str:
+    """The dtype that the tensors of a folder are stored in (the widest, if they differ)."""
+    return SafetensorsFolder(folder).widest_dtype()
 
 
 def read_json(file: Path) -> dict[str, Any]:

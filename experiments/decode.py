@@ -30,6 +30,10 @@ def main() -> None:
     args = build_parser().parse_args()
     # A wrong option should not cost the loading of a model.
     tree, sampling, messages = tree_from(args), sampling_from(args), read_prompts(args)
+    if args.max_new_tokens < 1:
+        raise JetSpecError(f"--max-new-tokens must be at least 1, not {args.max_new_tokens}")
+    if not 0 <= args.seed < 2**32:
+        raise JetSpecError(f"--seed must be from 0 to 2**32 - 1, not {args.seed}")
     if args.system is not None and args.no_chat_template:
         raise JetSpecError("--system is part of the chat template: it cannot go with --no-chat-template")
     pair = load(args)
@@ -43,20 +47,18 @@ def main() -> None:
     print(f"\ntree decoding ({tree.builder}, width {tree.width}, budget {tree.budget})")
     show(summary, answers)
 
-    report: dict[str, Any] = {"text": [a.text for a in answers], "token_ids": [a.token_ids for a in answers],
-                              "accept_lengths": [a.accept_lengths for a in answers]}
-    if len(answers) == 1:
-        report = {name: value[0] for name, value in report.items()}
-    report.update(summary)
+    report = contents(answers) | summary
     if args.compare_ar:
         plain = [answer(pair, message, prompt, i, args, None, sampling) for i, (message, prompt) in
                  enumerate(zip(messages, prompts, strict=True))]
-        report["ar"] = summarize(plain)
+        report["ar"] = contents(plain) | summarize(plain)
         report["identical"] = compare(answers, plain)
         print("\nplain decoding, by the same code")
         show(report["ar"], plain)
-        ratio = summary["tokens_per_second"] / report["ar"]["tokens_per_second"]
-        print(f"  tree / plain   {ratio:.2f}x the tokens/s; tokens identical: {report['identical']}")
+        if report["ar"]["rounds"]:
+            ratio = summary["tokens_per_second"] / report["ar"]["tokens_per_second"]
+            print(f"  tree / plain   {ratio:.2f}x the tokens/s")
+        print(f"  tokens identical: {report['identical']}")
     if args.json:
         print(json.dumps(report))
 
@@ -64,11 +66,9 @@ def main() -> None:
 def as_prompt(pair: Pair, message: str, args: argparse.Namespace) -> str | list[int]:
     """What the model reads: the message in its chat template, or as it is; token ids where there is no tokenizer."""
     if pair.tokenizer is None:
-        try:
-            return [int(word) for word in message.split()]
-        except ValueError as error:
-            raise JetSpecError("this target has no tokenizer: give each prompt as token ids, like --prompt "
-                               "'12 7 300'") from error
+        if not message.strip() or not all(word.isdecimal() for word in message.split()):
+            raise JetSpecError("this target has no tokenizer: give each prompt as token ids, like --prompt '12 7 300'")
+        return [int(word) for word in message.split()]
     return message if args.no_chat_template else pair.chat(message, args.system)
 
 
@@ -86,6 +86,13 @@ def answer(pair: Pair, message: str, prompt: str | list[int], index: int, args: 
         print()
     assert chunk.result is not None  # the last chunk carries the result
     return chunk.result
+
+
+def contents(answers: list[Generation]) -> dict[str, Any]:
+    """The answers themselves: their own fields for one, lists for several."""
+    fields: dict[str, list[Any]] = {"text": [a.text for a in answers], "token_ids": [a.token_ids for a in answers],
+                                    "accept_lengths": [a.accept_lengths for a in answers]}
+    return {name: value[0] for name, value in fields.items()} if len(answers) == 1 else dict(fields)
 
 
 def summarize(answers: list[Generation]) -> dict[str, Any]:

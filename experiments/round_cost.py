@@ -37,7 +37,7 @@ from jetspec_jax.decode import (
 )
 from jetspec_jax.draft import HeadDrafter
 from jetspec_jax.generate import bucket, generate
-from jetspec_jax.pretrained import Pair
+from jetspec_jax.pair import Pair
 from jetspec_jax.sampling import Sampler
 
 PROMPT = "Explain in a few sentences why the sky is blue and why sunsets are red."

@@ -11,7 +11,7 @@ from converters.assemble import take_apart
 from converters.names import target_slots
 from jetspec_jax.config import TargetConfig
 from jetspec_jax.errors import JetSpecError
-from jetspec_jax.pretrained import Pair
+from jetspec_jax.pair import Pair
 
 
 def torch_model(pair: Pair) -> tuple[Any, Callable[[Any, list[int], int], list[int]]]:

@@ -9,7 +9,8 @@ Dimension glossary, the same letters everywhere:
 
 from jetspec_jax.config import PRESETS, HeadConfig, SamplingParams, TargetConfig, TreeConfig
 from jetspec_jax.errors import JetSpecError
-from jetspec_jax.pretrained import Pair, load_pretrained
+from jetspec_jax.pair import Pair
+from jetspec_jax.pretrained import load_pretrained
 
 __all__ = ["PRESETS", "HeadConfig", "JetSpecError", "Pair", "SamplingParams", "TargetConfig", "TreeConfig",
            "load_pretrained"]

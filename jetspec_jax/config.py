@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
@@ -20,6 +20,23 @@ Builder = Literal["accum_logp", "best_first", "chain"]
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise JetSpecError(message)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number, NumPy's included; a bool is not."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _make_plain(config: Any) -> None:
+    """Turns NumPy numbers into Python's and lists into tuples: configs are hashed, multiplied and written as JSON."""
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        if is_integer(value):
+            object.__setattr__(config, entry.name, int(value))
+        elif is_number(value):
+            object.__setattr__(config, entry.name, float(value))
+        elif isinstance(value, list | tuple):
+            object.__setattr__(config, entry.name, tuple(int(v) if is_integer(v) else v for v in value))
 
 
 def is_integer(value: Any) -> bool:
@@ -61,6 +78,7 @@ class TransformerConfig:
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
+        _make_plain(self)
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
                      "head_dim"):
             value = getattr(self, name)
@@ -70,7 +88,7 @@ class TransformerConfig:
         _require(self.head_dim % 2 == 0, f"head_dim must be even for rotary embeddings, not {self.head_dim}")
         for name in ("rope_theta", "rms_norm_eps"):
             value = getattr(self, name)
-            _require(isinstance(value, int | float) and value > 0, f"{name} must be positive, not {value!r}")
+            _require(is_number(value) and value > 0, f"{name} must be positive, not {value!r}")
         _require(self.dtype in FLOAT_DTYPES, f"dtype {self.dtype!r} is not one of {', '.join(FLOAT_DTYPES)}")
 
     @property
@@ -99,6 +117,8 @@ class TargetConfig(TransformerConfig):
         super().__post_init__()
         _require(is_integer(self.max_positions) and self.max_positions > 0,
                  f"max_positions must be a positive integer, not {self.max_positions!r}")
+        _require(all(is_integer(i) and i >= 0 for i in self.eos_token_ids),
+                 f"eos_token_ids must be token ids, not {self.eos_token_ids!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +173,7 @@ class TreeConfig:
     budget: int = 64
 
     def __post_init__(self) -> None:
+        _make_plain(self)
         _require(self.builder in get_args(Builder),
                  f"tree builder {self.builder!r} is not one of {', '.join(get_args(Builder))}")
         _require(is_integer(self.width) and 1 <= self.width <= MAX_TREE_WIDTH,
@@ -177,13 +198,14 @@ class SamplingParams:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        _require(isinstance(self.temperature, int | float) and 0 <= self.temperature <= 100,
+        _make_plain(self)
+        _require(is_number(self.temperature) and 0 <= self.temperature <= 100,
                  f"temperature must be a number from 0 to 100, not {self.temperature!r}")
         _require(self.temperature == 0 or self.temperature >= 1e-3,
                  f"temperature {self.temperature!r} is too small to divide by: use 0 for greedy decoding")
         _require(self.top_k is None or (is_integer(self.top_k) and self.top_k >= 1),
                  f"top_k must be an integer of at least 1, or None, not {self.top_k!r}")
-        _require(self.top_p is None or (isinstance(self.top_p, int | float) and 0 < self.top_p <= 1),
+        _require(self.top_p is None or (is_number(self.top_p) and 0 < self.top_p <= 1),
                  f"top_p must be above 0 and at most 1, or None, not {self.top_p!r}")
 
 

@@ -156,8 +156,9 @@ def decode_round(decoder: Decoder, params: Params, state: DecodeState) -> Decode
     count = jnp.where(active, path.count, 0)
     with jax.named_scope("commit"):
         cache = commit(state.cache, out, path, position, count)
-        drafter = decoder.drafter.observe(drafter, out.tapped, path.nodes, count)
-        return replace(record(state, path, count, tree.size), cache=cache, drafter=drafter)
+        new = record(state, path, count, tree.size)
+        drafter = decoder.drafter.observe(drafter, out.tapped, path.nodes, jnp.where(new.done, 0, count))
+        return replace(new, cache=cache, drafter=drafter)
 
 
 def run_target(decoder: Decoder, params: Params, cache: KVCache, tree: DraftTree,

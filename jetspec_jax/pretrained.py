@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +18,7 @@ from jetspec_jax.draft import Params
 from jetspec_jax.embedded import fetch_smollm2
 from jetspec_jax.errors import JetSpecError
 from jetspec_jax.head import init_head
-from jetspec_jax.programs import Programs
-
-
-@dataclass(frozen=True, eq=False)
-class Pair:
-    """A target and its draft head, loaded.
-
-    Attributes:
-        target_config, head_config: their shapes; no head, no tree decoding.
-        params: their parameters on the device.
-        tokenizer: a Hugging Face tokenizer, or None where the source had none.
-        head_is_trained: False for the random stand-in of a preset whose head has not been trained yet.
-        programs: the programs compiled for this pair so far.
-    """
-
-    target_config: TargetConfig
-    head_config: HeadConfig | None
-    params: Params
-    tokenizer: Any = None
-    head_is_trained: bool = True
-    programs: Programs = field(default_factory=Programs)
-
-    def chat(self, message: str, system: str | None = None) -> str:
-        """A user's message (and a system message) as the text that the chat template makes of it.
-
-        Raises:
-            JetSpecError: no tokenizer or no chat template.
-        """
-        if self.tokenizer is None or not self.tokenizer.chat_template:
-            raise JetSpecError("this target has no chat template: pass plain text (decode.py: --no-chat-template)")
-        messages = [{"role": "system", "content": system}] if system else []
-        return self.tokenizer.apply_chat_template([*messages, {"role": "user", "content": message}], tokenize=False,
-                                                  add_generation_prompt=True)
+from jetspec_jax.pair import Pair
 
 
 def load_pretrained(target: str | Path, head: str | Path | None = None, *, dtype: str | None = None) -> Pair:
@@ -74,20 +43,23 @@ def load_pretrained(target: str | Path, head: str | Path | None = None, *, dtype
         folder = _embedded_default()
     else:
         folder = _find(preset.target_source, "target", preset)
+    head_folder = None
+    if head is not None or (preset is not None and preset.head_source):
+        head_folder = _find_head(head, preset)
+        # A head that does not fit should not cost the loading of a large target.
+        _read_config(head_folder, "head").check_fits(_read_config(folder, "target"))
+
     target_config, target_params = _load(folder, "target", dtype)
     tokenizer = _load_tokenizer(folder)
-
     head_config: HeadConfig | None = None
     head_params: dict = {}
-    trained = True
-    if head is not None or (preset is not None and preset.head_source):
-        head_config, head_params = _load(_find_head(head, preset), "head", dtype)
-    elif preset and preset.head:
+    if head_folder is not None:
+        head_config, head_params = _load(head_folder, "head", dtype)
+    elif preset is not None and preset.head is not None:
         head_config = preset.head.with_dtype(dtype or preset.head.dtype)
-        head_params, trained = init_head(head_config, jax.random.key(0)), False
-    if head_config is not None:
-        head_config.check_fits(target_config)
-    return Pair(target_config, head_config, Params(target_params, head_params), tokenizer, trained)
+        head_params = init_head(head_config, jax.random.key(0))
+    return Pair(target_config, head_config, Params(target_params, head_params), tokenizer,
+                head_is_trained=head_folder is not None or head_config is None)
 
 
 def cache_folder() -> Path:
@@ -109,8 +81,9 @@ def _find(source: str, kind: str, preset: Preset | None = None) -> Path:
         return convert.resolve_source(source)
     except JetSpecError as error:
         if "/" not in source:
+            known = [name for name, preset in PRESETS.items() if kind == "target" or preset.head_source]
             raise JetSpecError(f"unknown {kind} {source!r}: expected a converted folder, a Hugging Face folder or hub "
-                               f"id, or a preset ({', '.join(PRESETS)})") from error
+                               f"id, or a preset ({', '.join(known)})") from error
         raise JetSpecError(f"{error}. {_by_hand(source, kind, preset)}") from error
 
 
@@ -134,27 +107,35 @@ def _by_hand(source: str, kind: str, preset: Preset | None) -> str:
     return f"Where the hub can be reached, run {fetch}; then convert with {turn}, and use {use}"
 
 
-def _load(folder: Path, kind: str, dtype: str | None) -> tuple[Any, dict]:
-    if checkpoint.is_checkpoint(folder):
-        config, params = checkpoint.load(folder, dtype)
-    elif kind == "target":
-        config, params = convert.read_target(folder, dtype)
-    else:
-        config, params = convert.read_head(folder, dtype)
+def _read_config(folder: Path, kind: str) -> Any:
+    """The shape of a target or head, checked to be of that kind."""
+    config = checkpoint.load_config(folder) if checkpoint.is_checkpoint(folder) else convert.read_config(folder, kind)
     if not isinstance(config, TargetConfig if kind == "target" else HeadConfig):
         raise JetSpecError(f"{folder} does not hold a {kind}: target and head may have been swapped")
-    return config, params
+    return config
 
 
-def _load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a converted or Hugging Face folder, or None."""
-    inside = folder / checkpoint.TOKENIZER if checkpoint.is_checkpoint(folder) else folder
-    if not any((inside / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
+def _load(folder: Path, kind: str, dtype: str | None) -> tuple[Any, dict]:
+    _read_config(folder, kind)
+    if checkpoint.is_checkpoint(folder):
+        return checkpoint.load(folder, dtype)
+    return convert.read_target(folder, dtype) if kind == "target" else convert.read_head(folder, dtype)
+
+
+def _load_tokenizer(source: Path) -> Any:
+    """The tokenizer of a converted folder, a Hugging Face folder or a GGUF file, or None."""
+    if source.is_file():
+        with tempfile.TemporaryDirectory() as folder:
+            convert.save_tokenizer(source, Path(folder))
+            return _load_tokenizer(Path(folder))
+    inside = source / checkpoint.TOKENIZER if checkpoint.is_checkpoint(source) else source
+    whole = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
+    if not any(all((inside / name).is_file() for name in names) for names in whole):
         return None
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(inside)
+        return AutoTokenizer.from_pretrained(inside, local_files_only=True)
     except Exception as error:  # damaged files surface as many types
         raise JetSpecError(f"the tokenizer in {inside} cannot be loaded: {error}") from error
 
@@ -166,6 +147,8 @@ def _embedded_default() -> Path:
     if not checkpoint.is_checkpoint(converted):
         gguf = fetch_smollm2(cache)
         with FileLock(cache / "convert.lock"):
+            for leftover in cache.glob(".checkpoint-*.partial"):  # of a run that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
             if not checkpoint.is_checkpoint(converted):
                 convert.convert_target(gguf, converted, label=gguf.name)
     return converted

@@ -20,6 +20,10 @@ class Programs:
         self._compiled: dict[Any, Callable[..., Any]] = {}
         self.compile_seconds = 0.0
 
+    def clear(self) -> None:
+        """Forgets all programs and frees their memory."""
+        self._compiled.clear()
+
     def __call__(self, function: Callable[..., Any], static: tuple, *args: Any, donate: int | None = None) -> Any:
         """Runs `function(*static, *args)`, compiled.
 

@@ -9,6 +9,8 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_opti
 import jax
 import pytest
 
+from tests.models import PROGRAMS
+
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -19,3 +21,4 @@ def _drop_compiled_programs():
     """Hundreds of small programs would otherwise stay in memory until the end."""
     yield
     jax.clear_caches()
+    PROGRAMS.clear()

@@ -3,6 +3,7 @@
 import math
 
 import jax
+import numpy as np
 import pytest
 
 from jetspec_jax import PRESETS, JetSpecError, SamplingParams, TreeConfig
@@ -55,3 +56,11 @@ def test_a_head_of_another_target_is_refused():
     for changes in ({"hidden_size": 32}, {"num_layers": 3}, {"vocab_size": 24}):
         with pytest.raises(JetSpecError, match="does not fit"):
             head.check_fits(tiny_target(**changes))
+
+
+def test_numpy_numbers_and_lists_become_plain():
+    assert TreeConfig(width=np.int32(16), budget=np.int64(9)) == TreeConfig(width=16, budget=9)
+    assert type(TreeConfig(width=np.int32(16)).width) is int
+    assert SamplingParams(np.float32(0.5)).temperature == 0.5
+    assert tiny_target(eos_token_ids=[np.int64(2), 3]).eos_token_ids == (2, 3)
+    assert hash(tiny_head(tiny_target(), target_layer_ids=[0, 1])) is not None

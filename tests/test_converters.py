@@ -369,3 +369,30 @@ def test_peak_memory_stays_near_the_outputs_size(tmp_path):
     assert peak < 1.3 * size + 1e9
     shutil.rmtree(tmp_path / "out")
     shutil.rmtree(source)
+
+
+def test_without_a_dtype_the_tensors_decide(tmp_path):
+    source = shutil.copytree(DENSE / "head", tmp_path / "bf16")
+    rewrite(source, lambda tensors: {n: t.astype(ml_dtypes.bfloat16) for n, t in tensors.items()})
+    config = json.loads((source / "config.json").read_text())
+    del config["dtype"]
+    (source / "config.json").write_text(json.dumps(config))
+    assert main(["head", str(source), str(tmp_path / "h")]) == 0
+    assert main(["export-head", str(tmp_path / "h"), str(tmp_path / "back")]) == 0
+    assert (load_file(tmp_path / "back" / "model.safetensors")["fc.weight"].tobytes()
+            == load_file(source / "model.safetensors")["fc.weight"].tobytes())
+
+
+@pytest.mark.parametrize(("dflash", "causal"), [
+    ({"causal": True}, True), ({"causal_head": True, "causal": True}, True), ({}, False), ({"causal": "no"}, None),
+    ({"causal_head": False, "causal": True}, None)])
+def test_both_spellings_of_the_causal_flag(tmp_path, dflash, causal):
+    """And the layer ids' default: eight target layers, three draft layers."""
+    source = shutil.copytree(DENSE / "head", tmp_path / "head")
+    edit_json(source / "config.json", dflash_config={"mask_token_id": 63, **dflash})
+    if causal is None:
+        with pytest.raises(JetSpecError, match="causal_head"):
+            convert.read_head_config(source)
+    else:
+        config = convert.read_head_config(source)
+        assert (config.causal, config.target_layer_ids) == (causal, (1, 3, 5))

@@ -13,7 +13,7 @@ from jetspec_jax import SamplingParams, TreeConfig, decode
 from jetspec_jax.attention import causal_bits
 from jetspec_jax.cache import KVCache
 from jetspec_jax.generate import generate
-from jetspec_jax.pretrained import Pair
+from jetspec_jax.pair import Pair
 from jetspec_jax.target import target_forward, target_logits
 from tests.models import random_pair, tiny_head, tiny_target
 from tests.test_sampling import sorted_warp

@@ -2,11 +2,16 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jetspec_jax import JetSpecError, SamplingParams, TreeConfig
-from jetspec_jax.generate import bucket, generate, stream
+from jetspec_jax.decode import Decoder, create_state, decode_round, insert, prefill
+from jetspec_jax.draft import HeadDrafter, NoDrafter
+from jetspec_jax.generate import _Request, _Run, bucket, generate, stream
+from jetspec_jax.sampling import Sampler
 from tests.models import random_pair, tiny_target
 
 TREE = TreeConfig(width=3, budget=20)
@@ -103,11 +108,7 @@ def test_streamed_chunks_add_up(pair, prompts):
 
 def test_an_incomplete_character_waits(pair):
     run_pair = dataclasses.replace(pair, tokenizer=SpellingTokenizer())
-    from jetspec_jax.decode import Decoder
-    from jetspec_jax.draft import NoDrafter
-    from jetspec_jax.generate import _Request, _Run
-    from jetspec_jax.sampling import Sampler
-    run = _Run(run_pair, Decoder(pair.target_config, NoDrafter()), Sampler.create(SamplingParams()), (), 0)
+    run = _Run(run_pair, Decoder(pair.target_config, NoDrafter()), Sampler.create(SamplingParams()), (), 0, 9)
     request = _Request(0, [1], 9)
     assert run._new_text(request, [0, 20], done=False) == ""
     assert run._new_text(request, [0, 20, 21], done=False) == "a\N{LATIN SMALL LETTER E WITH ACUTE}"
@@ -136,7 +137,10 @@ def test_a_second_call_compiles_nothing(pair, prompts):
     ({"prompt": [1, 23]}, "token id 23"), ({"prompt": [-1]}, "token id -1"), ({"prompt": [["a"]]}, "neither text"),
     ({"prompt": [[1], 2.5]}, "neither text"), ({"prompt": [1] * 600}, "600 tokens"),
     ({"max_new_tokens": 0}, "max_new_tokens"), ({"max_new_tokens": 2.5}, "max_new_tokens"),
-    ({"batch_size": 0}, "batch_size"), ({"eos_token_ids": (99,)}, "eos_token_ids"), ({"seed": -1}, "seed"),
+    ({"batch_size": 0}, "batch_size"), ({"eos_token_ids": (99,)}, "eos_token_ids"),
+    ({"eos_token_ids": 2}, "eos_token_ids"),
+    ({"prompt": None}, "prompt must be"), ({"prompt": 5}, "prompt must be"), ({"tree": "chain"}, "TreeConfig"),
+    ({"sampling": None}, "SamplingParams"), ({"seed": -1}, "seed"),
     ({"seed": 2**32}, "seed")])
 def test_bad_arguments_are_named(pair, arguments, message):
     arguments = {"prompt": [1, 2], "max_new_tokens": 4, **arguments}
@@ -160,3 +164,30 @@ def test_a_target_without_head_decodes_plainly(pair):
                                                             (513, 256, 768), (40960, 256, 49152)])
 def test_buckets(size, smallest, expected):
     assert bucket(size, smallest) == expected
+
+
+def test_a_finished_sequence_keeps_every_bit_of_its_state(pair):
+    """Rounds that only serve the other rows of a batch change nothing of a row that is done."""
+    decoder = Decoder(pair.target_config, HeadDrafter(pair.target_config, pair.head_config, TREE))
+    sampler, keys = Sampler.create(SamplingParams()), jax.random.split(jax.random.key(0), 2)
+    tokens, count = jnp.ones((2, 32), jnp.int32), jnp.asarray([5, 9], jnp.int32)
+    prefix = prefill(decoder, 32, pair.params, sampler, tokens, count, keys)
+    state = create_state(decoder, 2, 64, sampler, jnp.asarray([-1], jnp.int32))
+    state = insert(decoder, state, prefix, jnp.asarray([0, 1], jnp.int32), tokens, count,
+                   jnp.asarray([8, 50], jnp.int32), keys)
+    step = jax.jit(decode_round, static_argnums=0)
+
+    def row_zero(state):
+        caches = [side[:, 0] for cache in (state.cache, state.drafter.cache) for side in (cache.k, cache.v)]
+        rest = (state.tokens, state.length, state.done, state.rounds, state.accept_lengths, state.tree_sizes,
+                state.drafter.pending, state.drafter.pending_count)
+        return [np.asarray(array) for array in (*caches, *(array[0] for array in rest))]
+
+    while not state.done[0]:
+        state = step(decoder, pair.params, state)
+    before = row_zero(state)
+    for _ in range(3):
+        state = step(decoder, pair.params, state)
+    assert not state.done[1]
+    for a, b in zip(before, row_zero(state), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -1,6 +1,7 @@
 """The scripts as a user runs them, in their own processes with fully optimised programs."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,9 @@ PAIR = ("--model", DATA / "dense" / "target", "--head", DATA / "dense" / "head")
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # as conftest set them
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True,
+                          text=True, timeout=300)
 
 
 def decode(*arguments):
@@ -36,6 +39,7 @@ def test_decode_on_the_default_pair_in_json():
     assert report["ar"]["rounds"] == 7
     assert report["text"] in done.stdout.replace(lines[-1], "")  # it was streamed
     assert "no head has been trained" in done.stderr
+    assert report["ar"]["token_ids"] == report["token_ids"]
     assert "tokens identical: True" in done.stdout
 
 
@@ -53,9 +57,17 @@ def test_decode_on_a_recorded_pair():
     assert " ".join(map(str, case["ar_token_ids"])) in done.stdout
 
 
+def test_an_answer_without_rounds_is_reported_too():
+    done = decode(*PAIR, "--prompt", "5", "--max-new-tokens", 1, "--compare-ar", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["rounds"] == 0
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (("--budget", 0), "tree budget"), (("--tree-width", 17), "tree width"), (("--temperature", -1), "temperature"),
-    (("--top-p", 2), "top_p"), (("--prompt-file", "absent.txt"), "cannot read --prompt-file absent.txt"),
+    (("--top-p", 2), "top_p"), (("--seed", -1), "--seed"),
+    (("--max-new-tokens", 0), "--max-new-tokens"), ((*PAIR, "--prompt", " "), "no tokenizer"),
+    (("--prompt-file", "absent.txt"), "cannot read --prompt-file absent.txt"),
     (("--model", "qwen3-9b"), "unknown target 'qwen3-9b'"), ((*PAIR, "--prompt", "Hi"), "no tokenizer"),
     (("--system", "Be brief.", "--no-chat-template"), "--system")])
 def test_a_users_mistake_is_one_line(arguments, message):

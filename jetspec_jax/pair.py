@@ -1,0 +1,43 @@
+"""A target and its draft head, ready to decode with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from jetspec_jax.config import HeadConfig, TargetConfig
+from jetspec_jax.draft import Params
+from jetspec_jax.errors import JetSpecError
+from jetspec_jax.programs import Programs
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A target and its draft head, loaded.
+
+    Attributes:
+        target_config, head_config: their shapes; no head, no tree decoding.
+        params: their parameters on the device.
+        tokenizer: a Hugging Face tokenizer, or None where the source had none.
+        head_is_trained: False for the random stand-in of a preset whose head has not been trained yet.
+        programs: the programs compiled for this pair so far.
+    """
+
+    target_config: TargetConfig
+    head_config: HeadConfig | None
+    params: Params
+    tokenizer: Any = None
+    head_is_trained: bool = True
+    programs: Programs = field(default_factory=Programs)
+
+    def chat(self, message: str, system: str | None = None) -> str:
+        """A user's message (and a system message) as the text that the chat template makes of it.
+
+        Raises:
+            JetSpecError: no tokenizer or no chat template.
+        """
+        if self.tokenizer is None or not self.tokenizer.chat_template:
+            raise JetSpecError("this target has no chat template: pass plain text (decode.py: --no-chat-template)")
+        messages = [{"role": "system", "content": system}] if system else []
+        return self.tokenizer.apply_chat_template([*messages, {"role": "user", "content": message}], tokenize=False,
+                                                  add_generation_prompt=True)
