@@ -77,6 +77,9 @@ def test_weights_config_and_tokenizer_arrive(example, tmp_path):
     assert [TOKENS[i] for i in ids] == ["ab", "Ġc", "<|end|>", "1", "2"]  # digits stay single
     assert tokenizer.decode(ids, skip_special_tokens=True) == "ab c12"
     assert tokenizer.chat_template
+    direct = load_pretrained(file)  # without converting first
+    assert direct.tokenizer("ab c")["input_ids"] == ids[:2]
+    assert direct.target_config.dtype == "float32"
 
 
 def test_quantised_tensors_are_dequantised(example, tmp_path):
