@@ -100,6 +100,11 @@ def save_tokenizer(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
+def looks_like_hub_id(source: str) -> bool:
+    """Whether a source has the form owner/name."""
+    return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith(".gguf")
+
+
 def resolve_source(source: str) -> Path:
     """A local path, or the local copy of a hub id, which is downloaded with huggingface_hub's progress bar.
 
@@ -109,8 +114,7 @@ def resolve_source(source: str) -> Path:
     path = Path(source).expanduser()
     if path.exists():
         return path
-    looks_like_id = source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith(".gguf")
-    if not looks_like_id:
+    if not looks_like_hub_id(source):
         raise JetSpecError(f"{source} does not exist, and is no hub id of the form owner/name")
     import huggingface_hub
 

@@ -84,6 +84,8 @@ def _find(source: str, kind: str, preset: Preset | None = None) -> Path:
             known = [name for name, preset in PRESETS.items() if kind == "target" or preset.head_source]
             raise JetSpecError(f"unknown {kind} {source!r}: expected a converted folder, a Hugging Face folder or hub "
                                f"id, or a preset ({', '.join(known)})") from error
+        if not convert.looks_like_hub_id(source):
+            raise
         raise JetSpecError(f"{error}. {_by_hand(source, kind, preset)}") from error
 
 

@@ -9,9 +9,9 @@ import zipfile
 import pytest
 
 from jetspec_jax import JetSpecError, embedded, load_pretrained, pretrained
+from jetspec_jax.pretrained import cache_folder as real_cache_folder
 from tests.models import DATA
 from tests.test_gguf import TOKENS, write
-from tests.test_parity import cache_folder as real_cache_folder
 
 HEAD, TARGET = DATA / "dense" / "head", DATA / "dense" / "target"
 
@@ -103,6 +103,13 @@ def test_an_interrupted_download_starts_over(cache, monkeypatch):
 def test_unknown_names_list_what_is_known():
     with pytest.raises(JetSpecError, match=r"unknown target 'qwen3-9b'.*qwen3-8b"):
         load_pretrained("qwen3-9b")
+
+
+def test_a_missing_folder_is_not_taken_for_a_hub_id(tmp_path):
+    for missing in (tmp_path / "absent", "./absent", "a/b/c"):
+        with pytest.raises(JetSpecError, match="does not exist") as caught:
+            load_pretrained(missing)
+        assert "hf download" not in str(caught.value)
 
 
 def test_models_that_cannot_be_fetched_say_what_to_do(monkeypatch):
