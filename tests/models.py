@@ -13,7 +13,7 @@ import numpy as np
 from jetspec_jax.config import HeadConfig, SamplingParams, TargetConfig, TreeConfig
 from jetspec_jax.decode import Decoder
 from jetspec_jax.draft import HeadDrafter, Params
-from jetspec_jax.generate import Generation, _requests, _Run
+from jetspec_jax.generate import Generation, read_requests, Run
 from jetspec_jax.head import head_shapes
 from jetspec_jax.pair import Pair
 from jetspec_jax.programs import Programs
@@ -79,7 +79,7 @@ def run_with_table(pair: Pair, table: np.ndarray, prompts: list[list[int]], tree
     decoder = Decoder(pair.target_config, TableDrafter(pair.target_config, pair.head_config, tree))
     params = Params(pair.params.target, {"real": pair.params.head, "table": jnp.asarray(table)})
     fake = Pair(pair.target_config, pair.head_config, params, programs=pair.programs)
-    run = _Run(fake, decoder, Sampler.create(sampling or SamplingParams()), eos, 0, max_new_tokens)
-    chunks = run.steps(_requests(fake, prompts, max_new_tokens), min(batch, len(prompts)), None)
+    run = Run(fake, decoder, Sampler.create(sampling or SamplingParams()), eos, 0, max_new_tokens)
+    chunks = run.steps(read_requests(fake, prompts, max_new_tokens), min(batch, len(prompts)), None)
     results = {chunk.index: chunk.result for chunk in chunks if chunk.result}
     return [results[i] for i in range(len(prompts))]

@@ -10,7 +10,7 @@ import pytest
 from jetspec_jax import JetSpecError, SamplingParams, TreeConfig
 from jetspec_jax.decode import Decoder, create_state, decode_round, insert, prefill
 from jetspec_jax.draft import HeadDrafter, NoDrafter
-from jetspec_jax.generate import _Request, _Run, bucket, generate, stream
+from jetspec_jax.generate import Request, Run, bucket, generate, stream
 from jetspec_jax.sampling import Sampler
 from tests.models import random_pair, tiny_target
 
@@ -108,8 +108,8 @@ def test_streamed_chunks_add_up(pair, prompts):
 
 def test_an_incomplete_character_waits(pair):
     run_pair = dataclasses.replace(pair, tokenizer=SpellingTokenizer())
-    run = _Run(run_pair, Decoder(pair.target_config, NoDrafter()), Sampler.create(SamplingParams()), (), 0, 9)
-    request = _Request(0, [1], 9)
+    run = Run(run_pair, Decoder(pair.target_config, NoDrafter()), Sampler.create(SamplingParams()), (), 0, 9)
+    request = Request(0, [1], 9)
     assert run._new_text(request, [0, 20], done=False) == ""
     assert run._new_text(request, [0, 20, 21], done=False) == "a\N{LATIN SMALL LETTER E WITH ACUTE}"
     assert run._new_text(request, [0, 20, 21, 1, 20], done=True) == "b\N{REPLACEMENT CHARACTER}"

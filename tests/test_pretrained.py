@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 
-from jetspec_jax import JetSpecError, embedded, load_pretrained, pretrained
+from jetspec_jax import JetSpecError, load_pretrained, pretrained, wheels
 from jetspec_jax.pretrained import cache_folder as real_cache_folder
 from tests.models import DATA
 from tests.test_gguf import TOKENS, write
@@ -37,7 +37,7 @@ def fake_pip(monkeypatch, wheel=b"not the wheel", has_pip=True, works=True):
                 file.write(wheel)
         return subprocess.CompletedProcess(command, 0 if works else 1)
 
-    monkeypatch.setattr(embedded.subprocess, "run", run)
+    monkeypatch.setattr(wheels.subprocess, "run", run)
     return calls
 
 
@@ -76,8 +76,9 @@ def test_fetched_and_converted_once(cache, tmp_path, monkeypatch):
                                            take_apart(params, target_slots(config))}, "qwen3")
     wheel = io.BytesIO()
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write(tmp_path / "tiny.gguf", embedded.MEMBER)
-    monkeypatch.setattr(embedded, "SHA256", hashlib.sha256(wheel.getvalue()).hexdigest())
+        archive.write(tmp_path / "tiny.gguf", wheels.SMOLLM2_GGUF.members[0])
+    monkeypatch.setattr(pretrained, "SMOLLM2_GGUF", dataclasses.replace(
+        wheels.SMOLLM2_GGUF, sha256=hashlib.sha256(wheel.getvalue()).hexdigest()))
     monkeypatch.setitem(pretrained.PRESETS, "smollm2-135m",
                         dataclasses.replace(pretrained.PRESETS["smollm2-135m"], head=None))
     calls = fake_pip(monkeypatch, wheel.getvalue())
@@ -94,7 +95,7 @@ def test_an_interrupted_download_starts_over(cache, monkeypatch):
             return subprocess.CompletedProcess(command, 0)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(embedded.subprocess, "run", interrupted)
+    monkeypatch.setattr(wheels.subprocess, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load_pretrained("smollm2-135m")
     assert [file.name for file in (cache / "smollm2-135m").iterdir() if file.suffix != ".lock"] == []

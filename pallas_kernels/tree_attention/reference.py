@@ -8,8 +8,15 @@ from jax import Array, lax
 
 from pallas_kernels.tree_attention.bits import unpack_bits
 
-# Cache slots looked at in one step. The loop ends at the longest committed length, so empty slots cost nothing.
-BLOCK = 512
+# Cache slots looked at in one step: few steps, but pieces that stay in a CPU's cache. The loop ends at the longest
+# committed length, so empty slots cost nothing.
+MAX_BLOCK, MIN_BLOCK, PIECE = 512, 32, 2**19
+
+
+def block_size(batch: int, kv_heads: int, width: int) -> int:
+    """Cache slots per step: the largest power of two whose piece [B, K, block, C] has at most PIECE elements."""
+    fitting = PIECE // (batch * kv_heads * width)
+    return min(MAX_BLOCK, max(MIN_BLOCK, 1 << max(fitting, 1).bit_length() - 1))
 
 
 def tree_attention(q: Array, new_k: Array, new_v: Array, visible: Array, cache_k: Array, cache_v: Array,
@@ -57,7 +64,7 @@ def tree_attention(q: Array, new_k: Array, new_v: Array, visible: Array, cache_k
     seen = jnp.tile(unpack_bits(visible, new), (1, group, 1))[:, None]  # [B, 1, group*N, M]
     carry = partial_softmax(new_k.transpose(0, 2, 1, 3), new_v.transpose(0, 2, 1, 3), seen, empty)
 
-    block = min(BLOCK, slots)
+    block = min(block_size(batch, kv_heads, width), slots)
     layer = jnp.asarray(layer, jnp.int32)
     zero = jnp.int32(0)
 

