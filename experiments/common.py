@@ -40,11 +40,15 @@ def sampling_from(args: argparse.Namespace) -> SamplingParams:
     return SamplingParams(args.temperature, args.top_k, args.top_p)
 
 
+def add_compile_cache() -> None:
+    """Keeps compiled programs between runs."""
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
 def load(args: argparse.Namespace) -> Pair:
     """Loads the pair that the options name, with compiled programs kept between runs."""
-    folder = cache_folder() / "compiled"
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    add_compile_cache()
     return load_pretrained(args.model, args.head, dtype=args.dtype)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -10,7 +12,10 @@ from jetspec_jax.cache import KVCache
 from pallas_kernels.tree_attention.bits import pack_bits, unpack_bits
 from pallas_kernels.tree_attention.reference import tree_attention
 
-__all__ = ["attend", "causal_bits", "pack_bits", "unpack_bits"]
+__all__ = ["Attend", "attend", "attend_with", "causal_bits", "pack_bits", "unpack_bits"]
+
+
+Attend = Callable[[Array, Array, Array, int], Array]  # (q, new k, new v, layer) -> attended
 
 
 def attend(q: Array, new_k: Array, new_v: Array, visible: Array, cache: KVCache, layer: int, cached: Array) -> Array:
@@ -29,6 +34,11 @@ def attend(q: Array, new_k: Array, new_v: Array, visible: Array, cache: KVCache,
     """
     with jax.named_scope("attend"):
         return tree_attention(q, new_k, new_v, visible, cache.k, cache.v, layer, cached)
+
+
+def attend_with(visible: Array, cache: KVCache, cached: Array) -> Attend:
+    """`attend` with everything but queries, new keys, new values and layer filled in: what a model's layers share."""
+    return lambda q, new_k, new_v, layer: attend(q, new_k, new_v, visible, cache, layer, cached)
 
 
 def causal_bits(batch: int, size: int) -> Array:

@@ -75,7 +75,7 @@ def save(folder: Path, config: TargetConfig | HeadConfig, params: dict, source: 
     # Weights do not compress, and uncompressed single-array files need no second copy in memory.
     handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, use_compression=False, use_ocdbt=False)
     try:
-        with _quiet(), ocp.Checkpointer(handler) as writer:
+        with quiet(), ocp.Checkpointer(handler) as writer:
             writer.save((folder / ARRAYS).absolute(), args=ocp.args.PyTreeSave(params))
     except Exception as error:  # tensorstore reports a full disk as ValueError or OSError, by version
         raise JetSpecError(f"writing into {folder.parent} failed: {_first_line(error)}; nothing was left "
@@ -138,7 +138,7 @@ def load(folder: Path, dtype: str | None = None) -> tuple[TargetConfig | HeadCon
     restore = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=device,
                                                              global_shape=leaf.shape, strict=True), shapes)
     try:
-        with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1)) as reader:
+        with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1)) as reader:
             stored = jax.tree.map(lambda leaf: tuple(leaf.shape), _stored_tree(reader, folder))
             if stored != jax.tree.map(lambda leaf: leaf.shape, shapes):
                 raise ValueError("names or shapes of the stored arrays differ")
@@ -184,7 +184,7 @@ def _reserve(folder: Path, size: int) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps Orbax's log off the user's screen: what fails is raised to us as well, and told in one line."""
     logger = logging.getLogger("absl")
     level = logger.level

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jetspec_jax.attention import pack_bits
+from jetspec_jax.attention import Attend, attend_with, pack_bits
 from jetspec_jax.cache import KVCache
 from jetspec_jax.config import HeadConfig
 from jetspec_jax.layers import AttentionContext, DecoderLayer, RMSNorm, dense, rotary_tables
@@ -66,9 +66,21 @@ class DraftHead(nn.Module):
         size, extra = block.shape[1], pending.shape[1]
         positions = jnp.concatenate([cached[:, None] + jnp.arange(extra, dtype=jnp.int32)[None, :],
                                      anchor_position[:, None] + jnp.arange(size, dtype=jnp.int32)[None, :]], axis=1)
-        context = AttentionContext(*self._tables(positions), block_visibility(size, extra, pending_count,
-                                                                              self.config.causal), cache, cached)
-        features = self._features(pending)
+        visible = block_visibility(size, extra, pending_count, self.config.causal)
+        return self.run(block, pending, positions, attend_with(visible, cache, cached))
+
+    def run(self, block: Array, tapped: Array, positions: Array, attend: Attend) -> HeadOutput:
+        """The layers over any rows; training runs many blocks of one sequence at once through it.
+
+        Args:
+            block: [B, N, D], embeddings of the block slots.
+            tapped: [B, E, T*D], raw tapped states of the context rows.
+            positions: int32 [B, E+N], absolute positions of context rows and slots.
+            attend: attention of the N slots over E+N rows (and a cache, if it knows one).
+        """
+        extra = tapped.shape[1]
+        context = AttentionContext(*self._tables(positions), attend)
+        features = self._features(tapped)
         x, keys, values = block, [], []
         for i, layer in enumerate(self.layers):
             x, k, v = layer(x, context, i, features)
@@ -108,6 +120,13 @@ def head_forward(config: HeadConfig, params: dict, block: Array, anchor_position
                  pending_count: Array, cache: KVCache) -> HeadOutput:
     """`DraftHead.__call__` on explicit parameters."""
     output: Any = DraftHead(config).apply(params, block, anchor_position, pending, pending_count, cache)
+    return output
+
+
+def head_run(config: HeadConfig, params: dict, block: Array, tapped: Array, positions: Array,
+             attend: Attend) -> HeadOutput:
+    """`DraftHead.run` on explicit parameters."""
+    output: Any = DraftHead(config).apply(params, block, tapped, positions, attend, method=DraftHead.run)
     return output
 
 

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jetspec_jax.attention import attend
-from jetspec_jax.cache import KVCache
+from jetspec_jax.attention import Attend
 from jetspec_jax.config import TransformerConfig
 
 # float32 products must be float32 on every backend (a GPU would otherwise round the operands to TF32).
@@ -24,16 +23,12 @@ class AttentionContext(NamedTuple):
 
     Attributes:
         cos, sin: [B, M, C/2] rotary tables of the M new rows.
-        visible: uint32 [B, N, ceil(M/32)], which new rows each query sees.
-        cache: the committed keys and values.
-        cached: int32 [B], how many cache slots each sequence sees.
+        attend: (q [B, N, H, C], new k and v [B, M, K, C], layer) -> [B, N, H, C]; knows what each query sees.
     """
 
     cos: Array
     sin: Array
-    visible: Array
-    cache: KVCache
-    cached: Array
+    attend: Attend
 
 
 class RMSNorm(nn.Module):
@@ -149,7 +144,7 @@ class Attention(nn.Module):
             q = q[:, rows]
             q = rotate(self.q_norm(q) if self.config.qk_norm else q, context.cos[:, rows], context.sin[:, rows])
             k = self._keys(k, context.cos, context.sin)
-        out = attend(q, k, v, context.visible, context.cache, layer, context.cached)
+        out = context.attend(q, k, v, layer)
         return self.o_proj(out.reshape(*out.shape[:2], -1)), k, v
 
 

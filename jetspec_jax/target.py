@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jetspec_jax.attention import attend_with
 from jetspec_jax.cache import KVCache
 from jetspec_jax.config import TargetConfig
-from jetspec_jax.layers import PRECISION, AttentionContext, DecoderLayer, RMSNorm, rotary_tables
+from jetspec_jax.layers import PRECISION, AttentionContext, DecoderLayer, RMSNorm, rotary_tables, rounded_product
 
 
 class TargetOutput(NamedTuple):
@@ -58,7 +59,7 @@ class Target(nn.Module):
         """
         c = self.config
         cos, sin = rotary_tables(positions, c.head_dim, c.rope_theta, c.jnp_dtype)
-        context = AttentionContext(cos, sin, visible, cache, cached)
+        context = AttentionContext(cos, sin, attend_with(visible, cache, cached))
         x = self.embed(tokens)
         keys, values, outputs = [], [], {}
         for i, layer in enumerate(self.layers):
@@ -74,15 +75,22 @@ class Target(nn.Module):
         """int32 [B, N] -> [B, N, D]."""
         return self.embedding[tokens]
 
-    def logits(self, hidden: Array) -> Array:
-        """[..., D] after the final norm -> float32 (float64 for float64) [..., V]; the draft head uses it too."""
+    def logits(self, hidden: Array, subset: Array | None = None) -> Array:
+        """[..., D] after the final norm -> float32 (float64 for float64) [..., V]; the draft head uses it too.
+
+        Args:
+            subset: int32 [X], the only tokens to score; the result is then [..., X].
+        """
         wide = np.promote_types(hidden.dtype, np.float32)
+        axis = 0 if self.config.tie_embeddings else 1
+        matrix = self.embedding if self.config.tie_embeddings else self.lm_head
+        if subset is not None:
+            matrix = jnp.take(matrix, subset, axis=axis)
         with jax.named_scope("lm_head"):
-            matrix = self.embedding if self.config.tie_embeddings else self.lm_head
             if self.config.product_dtype is not None:
-                hidden, matrix = hidden.astype(self.config.product_dtype), matrix.astype(self.config.product_dtype)
-            contracted = 1 if self.config.tie_embeddings else 0
-            return jax.lax.dot_general(hidden, matrix, (((hidden.ndim - 1,), (contracted,)), ((), ())),
+                return rounded_product(jnp.dtype(self.config.product_dtype), hidden.astype(wide),
+                                       (matrix.T if axis == 0 else matrix).astype(wide))
+            return jax.lax.dot_general(hidden, matrix, (((hidden.ndim - 1,), (1 - axis,)), ((), ())),
                                        precision=PRECISION, preferred_element_type=wide)
 
 
@@ -99,9 +107,14 @@ def target_embed(config: TargetConfig, params: dict, tokens: Array) -> Array:
     return output
 
 
-def target_logits(config: TargetConfig, params: dict, hidden: Array) -> Array:
+def target_norm(config: TargetConfig, params: dict, states: Array) -> Array:
+    """The final norm: outputs of the last layer [..., D] -> what `target_logits` takes."""
+    return RMSNorm(config.rms_norm_eps, config.jnp_dtype).apply({"params": params["params"]["norm"]}, states)
+
+
+def target_logits(config: TargetConfig, params: dict, hidden: Array, subset: Array | None = None) -> Array:
     """`Target.logits` on explicit parameters."""
-    output: Any = Target(config).apply(params, hidden, method=Target.logits)
+    output: Any = Target(config).apply(params, hidden, subset, method=Target.logits)
     return output
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jetspec_jax.config import HeadConfig, SamplingParams, TargetConfig, TreeConfig
 from jetspec_jax.decode import Decoder
 from jetspec_jax.draft import HeadDrafter, Params
-from jetspec_jax.generate import Generation, read_requests, Run
+from jetspec_jax.generate import Generation, Run, read_requests
 from jetspec_jax.head import head_shapes
 from jetspec_jax.pair import Pair
 from jetspec_jax.programs import Programs

@@ -1,0 +1,74 @@
+"""Metrics of a training run: JSON lines, TensorBoard, and a plot of the curve."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+
+from jetspec_jax.errors import JetSpecError
+
+
+class MetricsLog:
+    """`metrics.jsonl` and TensorBoard events in a run's folder. A resumed run drops what lies beyond its step."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.file = folder / "metrics.jsonl"
+        kept = [entry for entry in read_metrics(self.file) if entry["step"] <= step] if self.file.exists() else []
+        partial = self.file.with_name(".metrics.jsonl")
+        partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        partial.rename(self.file)
+        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        with self.file.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._events.close()
+
+
+def read_metrics(file: Path) -> list[dict[str, float]]:
+    """The entries of a `metrics.jsonl`; a last line that was cut off by a kill is left out.
+
+    Raises:
+        JetSpecError: any other line is no JSON object.
+    """
+    lines = file.read_text().splitlines()
+    entries = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entries.append(json.loads(line))
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise JetSpecError(f"{file}, line {number} is damaged") from error
+    return entries
+
+
+def plot_curve(entries: list[dict[str, float]], file: Path, title: str) -> None:
+    """Loss and accepted lengths against steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    _line(left, entries, "loss", "loss (mean of each interval)")
+    for name in sorted({name for entry in entries for name in entry if name.startswith("accept")}):
+        _line(right, entries, name, name)
+    left.set(xlabel="step", ylabel="loss")
+    right.set(xlabel="step", ylabel="accepted tokens a round")
+    left.legend()
+    right.legend()
+    figure.suptitle(title)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def _line(axes, entries: list[dict[str, float]], name: str, label: str) -> None:
+    points = [(entry["step"], entry[name]) for entry in entries if name in entry]
+    axes.plot([x for x, _ in points], [y for _, y in points], label=label)
