@@ -15,13 +15,18 @@ from jetspec_jax.config import FLOAT_DTYPES, MAX_TREE_BUDGET, MAX_TREE_WIDTH, Bu
 from jetspec_jax.pretrained import cache_folder
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which pair, which tree, which sampling."""
+def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which target, which head, which dtype."""
     parser.add_argument("--model", default="smollm2-135m", metavar="NAME|PATH",
                         help=f"target: {', '.join(PRESETS)}; a converted or Hugging Face folder; a hub id "
                              "(default %(default)s)")
     parser.add_argument("--head", metavar="NAME|PATH", help="draft head: folder or hub id (default: the preset's)")
     parser.add_argument("--dtype", choices=FLOAT_DTYPES, help="default: the stored one, float32 on a CPU")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which pair, which tree, which sampling."""
+    add_pair_arguments(parser)
     parser.add_argument("--tree-builder", choices=get_args(Builder), default="accum_logp",
                         help="default %(default)s")
     parser.add_argument("--tree-width", type=int, default=7, help=f"1 to {MAX_TREE_WIDTH} (default %(default)s)")

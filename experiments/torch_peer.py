@@ -14,8 +14,8 @@ from jetspec_jax.errors import JetSpecError
 from jetspec_jax.pair import Pair
 
 
-def torch_model(pair: Pair) -> tuple[Any, Callable[[Any, list[int], int], list[int]]]:
-    """A transformers model with the pair's weights in float32, and a greedy `generate(model, ids, tokens)`."""
+def torch_model(pair: Pair) -> tuple[Any, Callable[..., list[int]]]:
+    """A transformers model with the pair's weights in float32, and its greedy `generate(model, ids, tokens, ...)`."""
     try:
         import torch
         import transformers
@@ -30,11 +30,12 @@ def torch_model(pair: Pair) -> tuple[Any, Callable[[Any, list[int], int], list[i
     model.load_state_dict(weights, strict=not config.tie_embeddings)
     model.eval()
 
-    def generate(model: Any, ids: list[int], tokens: int) -> list[int]:
+    def generate(model: Any, ids: list[int], tokens: int, **options: Any) -> list[int]:
         prompt = torch.tensor([ids])
         with torch.inference_mode():
             answer = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens,
-                                    min_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
+                                    min_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0,
+                                    **options)
         return answer[0, len(ids):].tolist()
 
     return model, generate

@@ -121,7 +121,7 @@ def starting_point(args: argparse.Namespace, target: TargetConfig, params: dict,
     preset = PRESETS[args.model].head if args.model in PRESETS else None
     mask = args.mask_token_id if args.mask_token_id is not None else (preset.mask_token_id if preset else None)
     if mask is None:
-        raise JetSpecError("--mask-token-id is needed for this target: an entry of the vocabulary that no text contains")
+        raise JetSpecError("--mask-token-id is needed for this target: an entry of the vocabulary that no text has")
     shape = preset or HeadConfig(
         vocab_size=target.vocab_size, hidden_size=target.hidden_size, intermediate_size=target.intermediate_size,
         num_layers=args.layers or 5, num_heads=target.num_heads, num_kv_heads=target.num_kv_heads,

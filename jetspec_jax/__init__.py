@@ -7,11 +7,11 @@ Dimension glossary, the same letters everywhere:
     drafted depths) · R rows of an accepted path (at most G) · T tapped target layers
 """
 
-from jetspec_jax.config import PRESETS, HeadConfig, SamplingParams, TargetConfig, TreeConfig
+from jetspec_jax.config import PRESETS, HeadConfig, PromptLookup, SamplingParams, TargetConfig, TreeConfig
 from jetspec_jax.errors import JetSpecError
 from jetspec_jax.pair import Pair
 from jetspec_jax.pretrained import load_pretrained
 
-__all__ = ["PRESETS", "HeadConfig", "JetSpecError", "Pair", "SamplingParams", "TargetConfig", "TreeConfig",
-           "load_pretrained"]
+__all__ = ["PRESETS", "HeadConfig", "JetSpecError", "Pair", "PromptLookup", "SamplingParams", "TargetConfig",
+           "TreeConfig", "load_pretrained"]
 __version__ = "0.1.0"

@@ -189,6 +189,26 @@ class TreeConfig:
 
 
 @dataclass(frozen=True)
+class PromptLookup:
+    """Drafting without a head: what followed the last tokens where they occurred before is proposed again.
+
+    Args:
+        ngram: the longest run of last tokens that is looked for; shorter ones are tried where it is not found.
+        length: tokens proposed at most.
+    """
+
+    ngram: int = 3
+    length: int = 7
+
+    def __post_init__(self) -> None:
+        _make_plain(self)
+        _require(is_integer(self.ngram) and 1 <= self.ngram <= 16,
+                 f"ngram must be an integer from 1 to 16, not {self.ngram!r}")
+        _require(is_integer(self.length) and 1 <= self.length < MAX_TREE_BUDGET,
+                 f"length must be an integer from 1 to {MAX_TREE_BUDGET - 1}, not {self.length!r}")
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How the next token is chosen; the same for plain and tree decoding.
 

@@ -149,8 +149,7 @@ def decode_round(decoder: Decoder, params: Params, state: DecodeState) -> Decode
     """One round for every sequence that is not done."""
     active = ~state.done
     position = jnp.where(active, state.length - 1, 0)  # of the anchor, and the number of cached tokens
-    anchor = jnp.take_along_axis(state.tokens, position[:, None], axis=1)[:, 0]
-    tree, drafter = decoder.drafter.propose(params, state.drafter, anchor, position)
+    tree, drafter = decoder.drafter.propose(params, state.drafter, state.tokens, position)
     out, logits = run_target(decoder, params, state.cache, tree, position)
     path = judge(decoder, state, tree, logits, position)
     count = jnp.where(active, path.count, 0)

@@ -50,12 +50,22 @@ class Drafter(Protocol):
     def insert(self, state: Any, other: Any, rows: Array) -> Any:
         """Takes over freshly read prompts into rows int32 [R]; a row >= B is dropped."""
 
-    def propose(self, params: Params, state: Any, anchor: Array, position: Array) -> tuple[DraftTree, Any]:
-        """A tree below each anchor int32 [B] at its absolute position int32 [B] (0 for a finished sequence)."""
+    def propose(self, params: Params, state: Any, tokens: Array, position: Array) -> tuple[DraftTree, Any]:
+        """A tree below each anchor.
+
+        Args:
+            tokens: int32 [B, S], the committed ones; the anchor is the last of them.
+            position: int32 [B], the anchor's absolute position (0 for a finished sequence).
+        """
 
     def observe(self, state: Any, tapped: Array, path: Array, count: Array) -> Any:
         """Learns which path int32 [B, R] was accepted, `count` nodes of it (0 for a finished sequence), and the tapped
         states [B, N, T*D]."""
+
+
+def anchor_of(tokens: Array, position: Array) -> Array:
+    """The token of each sequence [B, S] at its position int32 [B]."""
+    return jnp.take_along_axis(tokens, position[:, None], axis=1)[:, 0]
 
 
 @dataclass(frozen=True)
@@ -74,20 +84,20 @@ class NoDrafter:
     def max_path(self) -> int:
         return 1
 
-    def create(self, batch: int, slots: int) -> None:
+    def create(self, batch: int, slots: int) -> Any:
         return None
 
-    def read_prompt(self, params: Params, state: None, tapped: Array, start: Array) -> None:
-        return None
+    def read_prompt(self, params: Params, state: Any, tapped: Array, start: Array) -> Any:
+        return state
 
-    def insert(self, state: None, other: None, rows: Array) -> None:
-        return None
+    def insert(self, state: Any, other: Any, rows: Array) -> Any:
+        return state
 
-    def propose(self, params: Params, state: None, anchor: Array, position: Array) -> tuple[DraftTree, None]:
-        return root_only(anchor), None
+    def propose(self, params: Params, state: Any, tokens: Array, position: Array) -> tuple[DraftTree, Any]:
+        return root_only(anchor_of(tokens, position)), state
 
-    def observe(self, state: None, tapped: Array, path: Array, count: Array) -> None:
-        return None
+    def observe(self, state: Any, tapped: Array, path: Array, count: Array) -> Any:
+        return state
 
 
 @struct.dataclass
@@ -144,7 +154,8 @@ class HeadDrafter:
         return replace(state, cache=state.cache.insert(other.cache, rows),
                        pending_count=state.pending_count.at[rows].set(0, mode="drop"))
 
-    def propose(self, params: Params, state: HeadState, anchor: Array, position: Array) -> tuple[DraftTree, HeadState]:
+    def propose(self, params: Params, state: HeadState, tokens: Array, position: Array) -> tuple[DraftTree, HeadState]:
+        anchor = anchor_of(tokens, position)
         with jax.named_scope("draft"):
             logits, k, v = self.draft_logits(params, state, anchor, position)
         with jax.named_scope("tree"):

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jetspec_jax.config import SamplingParams, TreeConfig, is_integer
+from jetspec_jax.config import PromptLookup, SamplingParams, TreeConfig, is_integer
 from jetspec_jax.decode import Decoder, DecodeState, create_state, insert, prefill, run_rounds
 from jetspec_jax.draft import Drafter, HeadDrafter, NoDrafter
 from jetspec_jax.errors import JetSpecError
+from jetspec_jax.lookup import LookupDrafter
 from jetspec_jax.pair import Pair
 from jetspec_jax.sampling import Sampler
 
@@ -27,6 +28,7 @@ PROMPT_ROWS = 8  # prompts read together
 STREAM_ROUNDS = 4  # rounds between two fetches of a stream
 
 Prompt = str | Sequence[int]
+Draft = TreeConfig | PromptLookup
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class StreamChunk:
 
 
 def generate(pair: Pair, prompt: Prompt | Sequence[Prompt], *, max_new_tokens: int = 256,
-             batch_size: int | None = None, tree: TreeConfig | None = DEFAULT_TREE,
+             batch_size: int | None = None, tree: Draft | None = DEFAULT_TREE,
              sampling: SamplingParams = DEFAULT_SAMPLING, eos_token_ids: Sequence[int] | None = None,
              seed: int = 0) -> Any:
     """Answers one prompt or many; losslessly: the tokens are those of plain decoding.
@@ -86,7 +88,8 @@ def generate(pair: Pair, prompt: Prompt | Sequence[Prompt], *, max_new_tokens: i
         prompt: text (taken as it is; see `Pair.chat`), a list of token ids, or a list of either.
         max_new_tokens: the longest answer, in tokens, at least 1.
         batch_size: sequences decoded together; further prompts refill finished rows. None: all, 8 at most.
-        tree: how trees are drafted; None is plain decoding through the same forward.
+        tree: how trees are drafted: by the head (`TreeConfig`), or from the text so far (`PromptLookup`, which needs
+            no head); None is plain decoding through the same forward.
         sampling: greedy, or temperature with top-k and top-p. Noise depends on the seed, the prompt's index and the
             position alone, so neither tree nor batch size changes what is drawn.
         eos_token_ids: tokens that end an answer; None takes the target's, () never stops early.
@@ -111,7 +114,7 @@ def generate(pair: Pair, prompt: Prompt | Sequence[Prompt], *, max_new_tokens: i
 
 
 def stream(pair: Pair, prompt: Prompt | Sequence[Prompt], *, max_new_tokens: int = 256,
-           batch_size: int | None = None, tree: TreeConfig | None = DEFAULT_TREE,
+           batch_size: int | None = None, tree: Draft | None = DEFAULT_TREE,
            sampling: SamplingParams = DEFAULT_SAMPLING, eos_token_ids: Sequence[int] | None = None, seed: int = 0,
            rounds_per_chunk: int = STREAM_ROUNDS) -> Iterator[StreamChunk]:
     """The same as `generate`, telling what has been accepted every `rounds_per_chunk` rounds.
@@ -149,11 +152,11 @@ class Request:
     told_text: str = ""
 
 
-def _run(pair: Pair, prompts: list[Prompt], max_new_tokens: int, batch_size: int | None, tree: TreeConfig | None,
+def _run(pair: Pair, prompts: list[Prompt], max_new_tokens: int, batch_size: int | None, tree: Draft | None,
          sampling: SamplingParams, eos_token_ids: Sequence[int] | None, seed: int,
          rounds_per_chunk: int | None) -> Iterator[StreamChunk]:
     """Checks the arguments now, decodes when iterated."""
-    decoder = Decoder(pair.target_config, _drafter(pair, tree))
+    decoder = Decoder(pair.target_config, drafter_of(pair, tree))
     requests = read_requests(pair, prompts, max_new_tokens)
     vocab = pair.target_config.vocab_size
     eos = pair.target_config.eos_token_ids
@@ -279,11 +282,14 @@ class Run:
         return new
 
 
-def _drafter(pair: Pair, tree: TreeConfig | None) -> Drafter:
+def drafter_of(pair: Pair, tree: Draft | None) -> Drafter:
+    """What drafts for `tree` with this pair."""
     if tree is None:
         return NoDrafter()
+    if isinstance(tree, PromptLookup):
+        return LookupDrafter(tree)
     if not isinstance(tree, TreeConfig):
-        raise JetSpecError(f"tree must be a TreeConfig, or None for plain decoding, not {tree!r}")
+        raise JetSpecError(f"tree must be a TreeConfig, a PromptLookup, or None for plain decoding, not {tree!r}")
     if pair.head_config is None:
         raise JetSpecError("this pair has no draft head: load one (load_pretrained(target, head=...), decode.py: "
                            "--head), or decode plainly with tree=None")

@@ -109,7 +109,8 @@ def target_embed(config: TargetConfig, params: dict, tokens: Array) -> Array:
 
 def target_norm(config: TargetConfig, params: dict, states: Array) -> Array:
     """The final norm: outputs of the last layer [..., D] -> what `target_logits` takes."""
-    return RMSNorm(config.rms_norm_eps, config.jnp_dtype).apply({"params": params["params"]["norm"]}, states)
+    output: Any = RMSNorm(config.rms_norm_eps, config.jnp_dtype).apply({"params": params["params"]["norm"]}, states)
+    return output
 
 
 def target_logits(config: TargetConfig, params: dict, hidden: Array, subset: Array | None = None) -> Array:

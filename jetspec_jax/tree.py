@@ -56,6 +56,13 @@ def root_only(anchor: Array) -> DraftTree:
                  jnp.zeros((batch, 1), jnp.float32), jnp.ones((batch,), jnp.int32), depths=0)
 
 
+def chain_tree(tokens: Array, size: Array) -> DraftTree:
+    """One path per sequence: its first `size` int32 [B] tokens of int32 [B, N], the root first."""
+    nodes = tokens.shape[1]
+    depth = jnp.broadcast_to(jnp.arange(nodes, dtype=jnp.int32)[None], tokens.shape)
+    return _tree(tokens, depth - 1, depth, jnp.zeros(tokens.shape, jnp.float32), size, depths=nodes - 1)
+
+
 def _chain(nodes: int, anchor: Array, tokens: Array, logp: Array) -> DraftTree:
     """The argmax of each depth below the one before (DFlash's linear draft)."""
     batch = anchor.shape[0]

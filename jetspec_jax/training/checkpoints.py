@@ -55,8 +55,8 @@ class TrainCheckpoints:
         except JetSpecError:
             raise
         except Exception as error:  # damaged files raise many types
-            raise JetSpecError(f"checkpoint {step} in {self.folder} is damaged: {str(error).splitlines()[0][:200]}; delete "
-                               "that folder to resume from the one before") from error
+            raise JetSpecError(f"checkpoint {step} in {self.folder} is damaged: {str(error).splitlines()[0][:200]}; "
+                               "delete that folder to resume from the one before") from error
 
     def _compare(self, found: dict) -> None:
         """Everything but the total of steps must be as it was. (The cosine then follows the new total.)"""
@@ -65,5 +65,5 @@ class TrainCheckpoints:
             for name, value in mine.items():
                 stored = theirs.get(name)
                 if (list(value) if isinstance(value, tuple) else value) != stored:
-                    raise JetSpecError(f"{self.folder} belongs to a run with {name} {stored!r}, not {value!r}: resume with "
-                                       "the same options, or choose another --out")
+                    raise JetSpecError(f"{self.folder} belongs to a run with {name} {stored!r}, not {value!r}: resume "
+                                       "with the same options, or choose another --out")

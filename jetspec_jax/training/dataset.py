@@ -90,8 +90,8 @@ class Dataset:
         for folder, info in zip(folders, self.infos, strict=True):
             for name in ("layers", "hidden_size", "vocab_size", "target"):
                 if getattr(info, name) != getattr(self.info, name):
-                    raise JetSpecError(f"{folder} does not go with {folders[0]}: its {name} is {getattr(info, name)!r}, "
-                                       f"not {getattr(self.info, name)!r}")
+                    raise JetSpecError(f"{folder} does not go with {folders[0]}: its {name} is "
+                                       f"{getattr(info, name)!r}, not {getattr(self.info, name)!r}")
         self._tokens: list[np.ndarray] = []
         self._states: list[np.ndarray] = []
         self.prompt_lengths: list[int] = []

@@ -69,7 +69,7 @@ class HeldOut:
 
     def __call__(self, head_params: Any, target_params: Any) -> dict[str, float]:
         """{"accept_chain": ..., "accept_accum_logp_64": ...}."""
-        total = sum(np.asarray(self._run(head_params, target_params, batch)) for batch in self.batches)
+        total = np.sum([self._run(head_params, target_params, batch) for batch in self.batches], axis=0)
         return {name_of(tree): float(sums / total[-1]) for tree, sums in zip(self.trees, total, strict=False)}
 
 

@@ -23,8 +23,8 @@ def head_from_target(target: TargetConfig, head: HeadConfig, params: dict, key: 
     """
     for name in ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim"):
         if getattr(target, name) != getattr(head, name):
-            raise JetSpecError(f"a head cannot start from the target's layers: its {name} is {getattr(head, name)}, the "
-                               f"target's {getattr(target, name)}; start it at random")
+            raise JetSpecError(f"a head cannot start from the target's layers: its {name} is {getattr(head, name)}, "
+                               f"the target's {getattr(target, name)}; start it at random")
     if head.num_layers > target.num_layers or (target.qkv_bias, target.out_bias) != (head.qkv_bias, head.out_bias):
         raise JetSpecError("a head with more layers than the target, or other biases, cannot start from its layers")
     dtype = head.jnp_dtype

@@ -167,13 +167,12 @@ def slot_losses(target: TargetConfig, target_params: dict, slots: Slots, subset:
 
     rows = (split(slots.hidden), split(slots.teacher), split(label))
     if rows[0].shape[0] == 1:
-        loss, drafted, taught = (x[None] for x in chunk(tuple(x[0] for x in rows)))
+        loss, drafted, taught = chunk((rows[0][0], rows[1][0], rows[2][0]))
     else:
         loss, drafted, taught = lax.map(jax.checkpoint(chunk), rows)
 
     def join(x: Array) -> Array:
-        x = x.reshape(-1)[:count].reshape(shape)
-        return x
+        return x.reshape(-1)[:count].reshape(shape)
 
     def token(x: Array) -> Array:
         return join(x) if vocabulary is None else vocabulary[join(x)]

@@ -46,7 +46,7 @@ def suite_exclusion(cache: Path) -> Exclusion:
 
 
 def conversation_prompts(cache: Path, seed: int) -> Iterator[str]:
-    """First human turns of conversations, shuffled. The texts declare no licence: they are read, never redistributed."""
+    """First human turns of conversations, shuffled. No licence is declared: they are read, never redistributed."""
     (file,) = fetch(SHAREGPT, cache)
     text = file.read_text(encoding="utf-8")
     if not text.rstrip().endswith("]"):  # the published file is truncated within its last conversation
@@ -104,8 +104,8 @@ def collect_prompts(mixture: dict[str, int], cache: Path, seed: int, exclusion: 
             prompts[prompt] = None
             taken += 1
         if taken < wanted:
-            raise JetSpecError(f"source {name!r} has only {taken} suitable prompts, {wanted} were wanted: ask for fewer "
-                               "or allow longer prompts")
+            raise JetSpecError(f"source {name!r} has only {taken} suitable prompts, {wanted} were wanted: ask for "
+                               "fewer or allow longer prompts")
     result = list(prompts)
     random.Random(seed).shuffle(result)
     return result

@@ -20,7 +20,7 @@ from jetspec_jax.draft import NoDrafter, Params
 from jetspec_jax.generate import Request, Run, StreamChunk, read_requests
 from jetspec_jax.pair import Pair
 from jetspec_jax.sampling import Sampler
-from jetspec_jax.tree import DraftTree, root_only
+from jetspec_jax.tree import DraftTree
 
 
 @struct.dataclass
@@ -53,8 +53,8 @@ class _Recorder(NoDrafter):
         slots = min(state.states.shape[1], other.states.shape[1])
         return replace(state, states=state.states.at[rows, :slots].set(other.states[:, :slots], mode="drop"))
 
-    def propose(self, params: Params, state: Any, anchor: Array, position: Array) -> tuple[DraftTree, Any]:
-        return root_only(anchor), replace(state, position=position)
+    def propose(self, params: Params, state: Any, tokens: Array, position: Array) -> tuple[DraftTree, Any]:
+        return super().propose(params, replace(state, position=position), tokens, position)
 
     def observe(self, state: Any, tapped: Array, path: Array, count: Array) -> Any:
         batch, slots = state.states.shape[:2]

@@ -65,10 +65,10 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.head.check_fits(self.target)
-        missing = set((*self.head.target_layer_ids, self.target.num_layers - 1)) - set(self.layers)
+        missing = {*self.head.target_layer_ids, self.target.num_layers - 1} - set(self.layers)
         if missing:
-            raise JetSpecError(f"the dataset stores no states of layers {sorted(missing)}, which this head reads: record "
-                               "it for this head, or without states")
+            raise JetSpecError(f"the dataset stores no states of layers {sorted(missing)}, which this head reads: "
+                               "record it for this head, or without states")
         if self.config.slots is not None and self.config.slots > self.head.block_size:
             raise JetSpecError(f"slots {self.config.slots} exceed the head's block of {self.head.block_size}")
         if self.config.slots is not None and not self.head.causal and self.config.slots != self.head.block_size:
@@ -85,15 +85,16 @@ class Trainer:
 
     def _state_sharding(self, state: TrainState) -> Any:
         """Fully sharded: every array is split along its first axis that divides evenly."""
-        assert self.mesh is not None
-        count = self.mesh.devices.size
+        mesh = self.mesh
+        assert mesh is not None
+        count = mesh.devices.size
 
         def place(leaf: Array) -> NamedSharding:
             axes: list[str | None] = [None] * leaf.ndim
             fitting = [i for i, size in enumerate(leaf.shape) if size % count == 0]
             if self.shard_params and fitting:
                 axes[fitting[0]] = "data"
-            return NamedSharding(self.mesh, PartitionSpec(*axes))
+            return NamedSharding(mesh, PartitionSpec(*axes))
 
         return jax.tree.map(place, state)
 
@@ -104,8 +105,8 @@ class Trainer:
             return jax.device_put(stacked)
         spread = NamedSharding(self.mesh, PartitionSpec(None, "data"))
         everywhere = NamedSharding(self.mesh, PartitionSpec())
-        shardings = Batch(*[spread] * 6, subset=everywhere)
-        return jax.device_put(stacked, shardings)
+        shardings: Any = jax.tree.map(lambda _: spread, stacked)
+        return jax.device_put(stacked, shardings.replace(subset=everywhere))
 
     def step_function(self) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Array]]]:
         """The jitted step: gradients summed over micro-batches, one update."""

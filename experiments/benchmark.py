@@ -1,0 +1,255 @@
+"""Methods against budgets on benchmark suites: accepted length, rounds, tokens/s, speed-up over plain decoding.
+
+    python experiments/benchmark.py --suite gsm8k --methods jetspec,lookup --budgets 16,64 --limit 8 --json
+    python experiments/benchmark.py --suite my.jsonl --methods dflash,ddtree --bidirectional-head runs/dflash/head
+
+Every method decodes the same prompts as plain decoding of the same run, one at a time; tokens that differ from the
+plain ones are counted (`identical`). With --out, results.json, results.md and scaling.png are written there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from experiments.common import add_pair_arguments, load, run_main
+from experiments.decode import summarize
+from experiments.peers import PEERS, Peer
+from experiments.phases import ready_state, shares
+from jetspec_jax import JetSpecError, Pair, PromptLookup, SamplingParams, TreeConfig, load_pretrained
+from jetspec_jax.config import MAX_TREE_BUDGET, Builder
+from jetspec_jax.decode import Decoder
+from jetspec_jax.draft import Params
+from jetspec_jax.generate import Draft, Generation, drafter_of, generate
+from jetspec_jax.pretrained import cache_folder
+from jetspec_jax.suites import SUITES, suite_messages
+
+METHODS = {
+    "jetspec": "causal head, accum_logp tree",
+    "jetspec-best-first": "causal head, best_first tree",
+    "jetspec-chain": "causal head, chain",
+    "dflash": "bidirectional head, chain",
+    "ddtree": "bidirectional head, best_first tree",
+    "eagle3": "autoregressive drafter, one pass a depth, tree",
+    "lookup": "prompt lookup, no head",
+}
+_HEAD_OF = {"dflash": "bidirectional", "ddtree": "bidirectional", "eagle3": "autoregressive"}
+_BUILDER_OF: dict[str, Builder] = {"jetspec": "accum_logp", "jetspec-best-first": "best_first", "jetspec-chain": "chain",
+               "dflash": "chain", "ddtree": "best_first", "eagle3": "accum_logp"}
+CONTEXT = 256  # committed tokens where the phases are timed
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of the table: a drafter at one budget, and the pair that holds its head."""
+
+    name: str
+    budget: int
+    draft: Draft
+    pair: Pair
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    budgets, names = parse_budgets(args.budgets), parse_methods(args.methods)
+    for option in ("limit", "max_new_tokens", "repeats"):
+        if getattr(args, option) < 1:
+            raise JetSpecError(f"--{option.replace('_', '-')} must be at least 1, not {getattr(args, option)}")
+    sampling = SamplingParams(args.temperature)
+    suites = {name: pick(suite_messages(name, cache_folder() / "sources"), args.limit) for name in args.suite}
+    pair = load(args)
+    methods = [method for name in names if name not in PEERS for method in methods_of(name, budgets, pair, args)]
+    peers = [PEERS[name](pair) for name in names if name in PEERS]
+    if peers and args.temperature:
+        raise JetSpecError("transformers draws other random numbers: compare with it at temperature 0")
+    rows: list[dict[str, Any]] = []
+    for suite, messages in suites.items():
+        rows += measure_suite(suite, [pair.chat(m) for m in messages], methods, peers, pair, sampling, args)
+    table = markdown(rows)
+    print(table)
+    if args.out is not None:
+        write_results(args.out, rows, table)
+    if args.json:
+        print(json.dumps({"rows": rows}))
+
+
+def measure_suite(suite: str, prompts: list[str], methods: list[Method], peers: list[Peer], pair: Pair,
+                  sampling: SamplingParams, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One row per method and budget, plain decoding first."""
+    total = len(prompts) * (1 + len(methods) + len(peers))
+    with tqdm(total=total, desc=suite, unit="answer", leave=False) as bar:
+
+        def answers(pair: Pair, draft: Draft | None) -> list[Generation]:
+            out = []
+            for prompt in prompts:
+                out.append(generate(pair, prompt, tree=draft, max_new_tokens=args.max_new_tokens, sampling=sampling,
+                                    seed=args.seed))
+                bar.update()
+            return out
+
+        plain = answers(pair, None)
+        base = summarize(plain)["tokens_per_second"]
+
+        def row(name: str, budget: int, found: dict[str, Any], **more: Any) -> dict[str, Any]:
+            return {"suite": suite, "method": name, "budget": budget, "temperature": sampling.temperature,
+                    "prompts": len(prompts), "tokens": found["tokens"], "rounds": found["rounds"],
+                    "accepted_length": found["mean_accept_length"], "tokens_per_second": found["tokens_per_second"],
+                    "speedup": found["tokens_per_second"] / base, **more}
+
+        yield row("plain", 1, summarize(plain), share={"draft": 0.0, "tree": 0.0, "verify": 1.0, "accept": 0.0},
+                  identical=len(prompts))
+        for method in methods:
+            found = answers(method.pair, method.draft)
+            same = sum(a.token_ids == b.token_ids for a, b in zip(found, plain, strict=True))
+            yield row(method.name, method.budget, summarize(found), share=share_of(method, sampling, args.repeats),
+                      identical=same)
+        for peer in peers:
+            found_ids, seconds = [], 0.0
+            for answer, prompt in zip(plain, prompts, strict=True):
+                ids, spent = peer.generate(prompt, len(answer.token_ids))
+                found_ids.append(ids)
+                seconds += spent
+                bar.update()
+            tokens = sum(map(len, found_ids))
+            same = sum(ids == answer.token_ids for ids, answer in zip(found_ids, plain, strict=True))
+            # A peer's time holds its prompt too.
+            yield row(peer.name, 0, {"tokens": tokens, "rounds": 0, "mean_accept_length": 0.0,
+                                     "tokens_per_second": tokens / seconds}, share=None, identical=same)
+
+
+_SHARES: dict[tuple[str, int, float], dict[str, float]] = {}
+
+
+def share_of(method: Method, sampling: SamplingParams, repeats: int) -> dict[str, float]:
+    """Phases are timed once per method and budget: they do not depend on the suite."""
+    key = (method.name, method.budget, sampling.temperature)
+    if key not in _SHARES:
+        drafter = drafter_of(method.pair, method.draft)
+        state = ready_state(method.pair, Decoder(method.pair.target_config, drafter), sampling, CONTEXT)
+        _SHARES[key] = shares(method.pair, drafter, state, repeats)
+    return _SHARES[key]
+
+
+def methods_of(name: str, budgets: list[int], pair: Pair, args: argparse.Namespace) -> list[Method]:
+    """A method at every budget; a chain and prompt lookup have one length whatever the budget."""
+    if name == "lookup":
+        lookup = PromptLookup(args.lookup_ngram, args.lookup_length)
+        return [Method(name, lookup.length + 1, lookup, pair)]
+    kind = _HEAD_OF.get(name, "causal")
+    own = pair if kind == "causal" else with_head(pair, kind, getattr(args, f"{kind}_head"), args)
+    if own.head_config is None:
+        raise JetSpecError(f"method {name} needs a draft head: name one with --head")
+    if kind != "autoregressive" and getattr(own.head_config, "causal", None) is not (kind == "causal"):
+        raise JetSpecError(f"method {name} needs a {kind} head, and the given one is not")
+    builder = _BUILDER_OF[name]
+    if builder == "chain":
+        size = own.head_config.block_size
+        return [Method(name, size, TreeConfig(builder, 1, size), own)]
+    return [Method(name, budget, TreeConfig(builder, args.tree_width, budget), own) for budget in budgets]
+
+
+def with_head(pair: Pair, kind: str, head: str | None, args: argparse.Namespace) -> Pair:
+    """The same target with another head."""
+    if head is None:
+        raise JetSpecError(f"this method needs a head of its own: --{kind}-head (train one with "
+                           "experiments/train_head.py)")
+    other = load_pretrained(args.model, head, dtype=args.dtype)
+    return dataclasses.replace(other, params=Params(pair.params.target, other.params.head), programs=pair.programs)
+
+
+def pick(messages: list[str], limit: int) -> list[str]:
+    """At most `limit` messages, spread over the suite (MT-Bench comes sorted by category)."""
+    count = min(limit, len(messages))
+    return [messages[i * len(messages) // count] for i in range(count)]
+
+
+def parse_budgets(text: str) -> list[int]:
+    budgets = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if not all(1 <= budget <= MAX_TREE_BUDGET for budget in budgets):
+        raise JetSpecError(f"--budgets takes numbers from 1 to {MAX_TREE_BUDGET} like 16,64,256, not {text!r}")
+    return sorted(set(budgets))
+
+
+def parse_methods(text: str) -> list[str]:
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    unknown = [name for name in names if name not in METHODS and name not in PEERS]
+    if unknown or not names:
+        raise JetSpecError(f"--methods {text!r}: choose from {', '.join([*METHODS, *PEERS])}")
+    return list(dict.fromkeys(names))
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    lines = ["| suite | method | budget | accepted a round | rounds | tokens/s | speed-up | draft / tree / verify / "
+             "accept | identical |", "|---|---|---|---|---|---|---|---|---|"]
+    for row in rows:
+        share = " / ".join(f"{100 * value:.1f}" for value in row["share"].values()) + " %" if row["share"] else "-"
+        lines.append(f"| {row['suite']} | {row['method']} | {row['budget'] or '-'} | {row['accepted_length']:.2f} "
+                     f"| {row['rounds']} | {row['tokens_per_second']:.1f} | {row['speedup']:.2f} | {share} "
+                     f"| {row['identical']}/{row['prompts']} |")
+    return "\n".join(lines)
+
+
+def write_results(folder: Path, rows: list[dict[str, Any]], table: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    (folder / "results.md").write_text(table + "\n")
+    plot_scaling(rows, folder / "scaling.png")
+
+
+def plot_scaling(rows: list[dict[str, Any]], file: Path) -> None:
+    """Accepted length and speed-up against the budget, one line per method, one column per suite."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    suites = list(dict.fromkeys(row["suite"] for row in rows))
+    figure, axes = plt.subplots(2, len(suites), figsize=(4 * len(suites) + 1, 7), squeeze=False, layout="constrained")
+    for column, suite in enumerate(suites):
+        for line, (field, label) in enumerate((("accepted_length", "accepted tokens a round"),
+                                               ("speedup", "speed-up over plain decoding"))):
+            axis = axes[line][column]
+            for method in dict.fromkeys(row["method"] for row in rows if row["method"] != "plain"):
+                points = [(row["budget"], row[field]) for row in rows
+                          if row["suite"] == suite and row["method"] == method and row["budget"]]
+                if points:
+                    axis.plot(*zip(*points, strict=True), marker="o", label=method)
+            axis.set(xscale="log", xlabel="tree budget (nodes)", ylabel=label, title=suite if line == 0 else "")
+    axes[0][0].legend()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_pair_arguments(parser)
+    parser.add_argument("--suite", action="append", required=True, metavar="NAME|FILE.jsonl",
+                        help=f'{", ".join(SUITES)}, or a file of lines {{"prompt": ...}}; repeatable')
+    parser.add_argument("--methods", default="jetspec,lookup", metavar="A,B,...",
+                        help="; ".join(f"{name}: {what}" for name, what in METHODS.items())
+                             + f"; peers (extra `parity`): {', '.join(PEERS)} (default %(default)s)")
+    parser.add_argument("--budgets", default="16,32,64,128,256", metavar="N,N,...", help="default %(default)s")
+    parser.add_argument("--tree-width", type=int, default=7, help="default %(default)s")
+    parser.add_argument("--bidirectional-head", metavar="PATH", help="for dflash and ddtree")
+    parser.add_argument("--autoregressive-head", metavar="PATH", help="for eagle3")
+    parser.add_argument("--lookup-ngram", type=int, default=3, help="default %(default)s")
+    parser.add_argument("--lookup-length", type=int, default=7, help="default %(default)s")
+    parser.add_argument("--limit", type=int, default=16, help="prompts of each suite (default %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="default %(default)s")
+    parser.add_argument("--temperature", type=float, default=0.0, help="default greedy")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--repeats", type=int, default=5, help="timings per phase (default %(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="results.json, results.md and scaling.png")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    return parser
+
+
+if __name__ == "__main__":
+    run_main(main)

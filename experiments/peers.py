@@ -1,0 +1,46 @@
+"""What users run today, on the same weights in the same run: transformers' generate, plain and with prompt lookup."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from experiments.torch_peer import torch_model
+from jetspec_jax import Pair
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A way of decoding elsewhere.
+
+    Attributes:
+        name: as in the table.
+        run: (token ids, new tokens) -> new token ids.
+        pair: whose tokenizer encodes the prompts.
+    """
+
+    name: str
+    run: Callable[[list[int], int], list[int]]
+    pair: Pair
+
+    def generate(self, prompt: str, tokens: int) -> tuple[list[int], float]:
+        """The greedy answer and the seconds it took, its prompt included."""
+        ids = self.pair.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        start = time.perf_counter()
+        answer = self.run(ids, tokens)
+        return answer, time.perf_counter() - start
+
+
+def _peer(name: str, options: dict[str, Any], pair: Pair) -> Peer:
+    model, generate = torch_model(pair)
+    generate(model, [1, 2, 3], 2, **options)  # warm-up
+    return Peer(name, lambda ids, tokens: generate(model, ids, tokens, **options), pair)
+
+
+PEERS: dict[str, Callable[[Pair], Peer]] = {
+    "transformers": partial(_peer, "transformers", {}),
+    "transformers-lookup": partial(_peer, "transformers-lookup", {"prompt_lookup_num_tokens": 7}),
+}
