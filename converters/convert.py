@@ -80,7 +80,7 @@ def export_head(source: Path, out: Path, progress: bool = True) -> None:
     with checkpoint.written_beside(out) as folder:
         config, params = checkpoint.load(source)
         if not isinstance(config, HeadConfig):
-            raise JetSpecError(f"{source} holds a target; only heads can be exported")
+            raise JetSpecError(f"{source} holds no parallel draft head: only those have a released format")
         (folder / "config.json").write_text(json.dumps(released_head_config(config), indent=2) + "\n")
         slots = head_slots(config)
         shapes = {part.name: part.shape for slot in slots for part in slot.parts}

@@ -24,7 +24,7 @@ from experiments.decode import summarize
 from experiments.peers import PEERS, Peer
 from experiments.phases import ready_state, shares
 from jetspec_jax import JetSpecError, Pair, PromptLookup, SamplingParams, TreeConfig, load_pretrained
-from jetspec_jax.config import MAX_TREE_BUDGET, Builder
+from jetspec_jax.config import MAX_TREE_BUDGET, Builder, HeadConfig
 from jetspec_jax.decode import Decoder
 from jetspec_jax.draft import Params
 from jetspec_jax.generate import Draft, Generation, drafter_of, generate
@@ -41,8 +41,9 @@ METHODS = {
     "lookup": "prompt lookup, no head",
 }
 _HEAD_OF = {"dflash": "bidirectional", "ddtree": "bidirectional", "eagle3": "autoregressive"}
-_BUILDER_OF: dict[str, Builder] = {"jetspec": "accum_logp", "jetspec-best-first": "best_first", "jetspec-chain": "chain",
-               "dflash": "chain", "ddtree": "best_first", "eagle3": "accum_logp"}
+_BUILDER_OF: dict[str, Builder] = {
+    "jetspec": "accum_logp", "jetspec-best-first": "best_first", "jetspec-chain": "chain",
+    "dflash": "chain", "ddtree": "best_first", "eagle3": "accum_logp"}
 CONTEXT = 256  # committed tokens where the phases are timed
 
 
@@ -146,8 +147,11 @@ def methods_of(name: str, budgets: list[int], pair: Pair, args: argparse.Namespa
     own = pair if kind == "causal" else with_head(pair, kind, getattr(args, f"{kind}_head"), args)
     if own.head_config is None:
         raise JetSpecError(f"method {name} needs a draft head: name one with --head")
-    if kind != "autoregressive" and getattr(own.head_config, "causal", None) is not (kind == "causal"):
-        raise JetSpecError(f"method {name} needs a {kind} head, and the given one is not")
+    found = "autoregressive"
+    if isinstance(own.head_config, HeadConfig):
+        found = "causal" if own.head_config.causal else "bidirectional"
+    if found != kind:
+        raise JetSpecError(f"method {name} needs a head that is {kind}, and the given one is {found}")
     builder = _BUILDER_OF[name]
     if builder == "chain":
         size = own.head_config.block_size

@@ -38,9 +38,6 @@ def main() -> None:
         raise JetSpecError("--system is part of the chat template: it cannot go with --no-chat-template")
     pair = load(args)
     prompts = [as_prompt(pair, message, args) for message in messages]
-    if not pair.head_is_trained:
-        print("note: no head has been trained for this target yet; a random one drafts, so nearly nothing is accepted "
-              "and this is slower than plain decoding", file=sys.stderr)
     answers = [answer(pair, message, prompt, i, args, tree, sampling) for i, (message, prompt) in
                enumerate(zip(messages, prompts, strict=True))]
     summary = summarize(answers)

@@ -22,8 +22,8 @@ from jetspec_jax import JetSpecError, Pair
 from jetspec_jax.config import FLOAT_DTYPES, PRESETS, default_target_layer_ids
 from jetspec_jax.pretrained import cache_folder
 from jetspec_jax.training.dataset import DatasetInfo, DatasetWriter
-from jetspec_jax.training.prompts import SOURCES, collect_prompts, suite_exclusion
-from jetspec_jax.training.record import Recording, record_answers
+from jetspec_jax.training.prompts import SOURCES, collect_prompts, conversations, suite_exclusion
+from jetspec_jax.training.record import Recording, record_answers, record_texts
 
 SHARD = 64  # answers per shard
 
@@ -41,9 +41,11 @@ def main() -> None:
     sources = cache_folder() / "sources"
     prompts = collect_prompts(mixture, sources, args.seed, suite_exclusion(sources),
                               lambda text: len(prompt_ids(pair, text)) <= args.max_prompt_tokens)
+    if args.foreign:
+        texts = foreign_texts(pair, prompts, dict(conversations(sources, args.seed)), args.max_new_tokens)
     recipe = {"mixture": mixture, "seed": args.seed, "max_new_tokens": args.max_new_tokens,
               "max_prompt_tokens": args.max_prompt_tokens, "sampling": dataclasses.asdict(sampling),
-              "product_dtype": args.product_dtype}
+              "product_dtype": args.product_dtype, "foreign": args.foreign}
     config = pair.target_config
     writer = DatasetWriter(args.out, DatasetInfo(args.model, layers, config.hidden_size, config.vocab_size, recipe))
     done = writer.done()
@@ -51,9 +53,13 @@ def main() -> None:
     tokens, start = 0, time.perf_counter()
     shard: list[Recording] = []
     with tqdm(total=len(prompts), initial=len(done), unit="answer", smoothing=0.05) as bar:
-        for recording in record_answers(pair, [pair.chat(prompts[i]) for i in todo], layers, indices=todo,
-                                        max_new_tokens=args.max_new_tokens, batch_size=args.batch_size,
-                                        sampling=sampling, seed=args.seed) if todo else ():
+        if args.foreign:
+            found = record_texts(pair, [texts[i] for i in todo], layers, batch_size=args.batch_size, indices=todo)
+        else:
+            found = record_answers(pair, [pair.chat(prompts[i]) for i in todo], layers, indices=todo,
+                                   max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, sampling=sampling,
+                                   seed=args.seed)
+        for recording in found if todo else ():
             shard.append(recording)
             tokens += len(recording.tokens) - recording.prompt_length
             bar.update()
@@ -65,6 +71,21 @@ def main() -> None:
         writer.add(shard)
     print(json.dumps({"answers": len(prompts), "new_answers": len(todo), "new_tokens": tokens,
                       "tokens_per_second": tokens / (time.perf_counter() - start)}))
+
+
+def foreign_texts(pair: Pair, prompts: list[str], answers: dict[str, str],
+                  max_new_tokens: int) -> list[tuple[list[int], int]]:
+    """Each prompt with the answer that another model gave, as token ids, and the length of the prompt."""
+    missing = [prompt for prompt in prompts if prompt not in answers]
+    if missing:
+        raise JetSpecError(f"only conversations have foreign answers, and the prompt {missing[0][:60]!r} is from "
+                           "elsewhere: give --source conversations=COUNT alone")
+    texts = []
+    for prompt in prompts:
+        ids = prompt_ids(pair, prompt)
+        answer = pair.tokenizer(answers[prompt], add_special_tokens=False)["input_ids"][:max_new_tokens]
+        texts.append((ids + answer, len(ids)))
+    return texts
 
 
 def state_layers(model: str, pair: Pair) -> tuple[int, ...]:
@@ -103,6 +124,8 @@ def build_parser() -> argparse.ArgumentParser:
                         "%(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="default %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and sampling (default %(default)s)")
+    parser.add_argument("--foreign", action="store_true", help="keep the answers that another model gave in the "
+                        "conversations (to compare with)")
     parser.add_argument("--no-states", action="store_true", help="tokens only; training then runs the target")
     return parser
 

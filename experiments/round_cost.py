@@ -19,7 +19,7 @@ import jax
 
 from experiments.common import add_model_arguments, load, run_main, sampling_from, tree_from
 from experiments.phases import measure, phases_of_a_round, ready_state
-from jetspec_jax import JetSpecError
+from jetspec_jax import HeadConfig, JetSpecError
 from jetspec_jax.decode import Decoder
 from jetspec_jax.draft import HeadDrafter
 from jetspec_jax.generate import generate
@@ -57,8 +57,8 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=96, help="per timed answer beside transformers")
     args = parser.parse_args()
     pair = load(args)
-    if pair.head_config is None:
-        raise JetSpecError("this target has no draft head: name one with --head")
+    if not isinstance(pair.head_config, HeadConfig):
+        raise JetSpecError("this needs a target with a parallel draft head: name one with --head")
     drafter = HeadDrafter(pair.target_config, pair.head_config, tree_from(args))
     decoder, sampling = Decoder(pair.target_config, drafter), sampling_from(args)
     state = ready_state(pair, decoder, sampling, args.context)

@@ -24,9 +24,17 @@ from tqdm import tqdm
 
 from experiments.common import add_compile_cache, run_main
 from jetspec_jax import JetSpecError, TreeConfig, load_pretrained
+from jetspec_jax.autoregressive import init_autoregressive
 from jetspec_jax.checkpoint import load as load_checkpoint
-from jetspec_jax.checkpoint import save
-from jetspec_jax.config import PRESETS, HeadConfig, TargetConfig, default_target_layer_ids
+from jetspec_jax.checkpoint import save, written_beside
+from jetspec_jax.config import (
+    PRESETS,
+    AutoregressiveHeadConfig,
+    DrafterConfig,
+    HeadConfig,
+    TargetConfig,
+    default_target_layer_ids,
+)
 from jetspec_jax.head import init_head
 from jetspec_jax.training.batches import Batches
 from jetspec_jax.training.checkpoints import TrainCheckpoints
@@ -111,11 +119,12 @@ def mean_metrics(entries: list[dict[str, jax.Array]]) -> dict[str, float]:
     return {name: float(np.mean([entry[name] for entry in fetched])) for name in fetched[0]}
 
 
-def starting_point(args: argparse.Namespace, target: TargetConfig, params: dict, seed: int) -> tuple[HeadConfig, dict]:
+def starting_point(args: argparse.Namespace, target: TargetConfig, params: dict,
+                   seed: int) -> tuple[DrafterConfig, dict]:
     """The head to train, from --init and the options that shape it."""
     if args.init not in ("random", "target"):
         head, start = load_checkpoint(Path(args.init), dtype="float32")
-        if not isinstance(head, HeadConfig):
+        if not isinstance(head, DrafterConfig):
             raise JetSpecError(f"--init {args.init} is a target, not a head")
         return head, start
     preset = PRESETS[args.model].head if args.model in PRESETS else None
@@ -128,18 +137,30 @@ def starting_point(args: argparse.Namespace, target: TargetConfig, params: dict,
         head_dim=target.head_dim, rope_theta=target.rope_theta, rms_norm_eps=target.rms_norm_eps, block_size=16,
         target_layer_ids=default_target_layer_ids(target.num_layers, 5), num_target_layers=target.num_layers,
         mask_token_id=mask)
+    if args.autoregressive:
+        return autoregressive_start(args, shape, params, seed)
     head = dataclasses.replace(shape, num_layers=args.layers or shape.num_layers, mask_token_id=mask, dtype="float32",
                                block_size=args.block_size or shape.block_size, causal=not args.bidirectional)
     key = jax.random.key(seed)
     return head, (head_from_target(target, head, params, key) if args.init == "target" else init_head(head, key))
 
 
-def write_head(folder: Path, head: HeadConfig, state: TrainState) -> None:
+def autoregressive_start(args: argparse.Namespace, shape: HeadConfig, params: dict,
+                         seed: int) -> tuple[AutoregressiveHeadConfig, dict]:
+    """One layer unless told otherwise, at random (its rows read something else than the target's layers do)."""
+    shared = {f.name: getattr(shape, f.name) for f in dataclasses.fields(AutoregressiveHeadConfig)}
+    head = AutoregressiveHeadConfig(**{**shared, "num_layers": args.layers or 1, "dtype": "float32",
+                                       "block_size": args.block_size or shape.block_size})
+    return head, init_autoregressive(head, jax.random.key(seed))
+
+
+def write_head(folder: Path, head: DrafterConfig, state: TrainState) -> None:
     """The trained head as a checkpoint of its own, in bfloat16 as heads are released."""
     stored = dataclasses.replace(head, dtype="bfloat16", product_dtype=None)
     params = jax.tree.map(lambda leaf: jax.numpy.asarray(leaf, "bfloat16"), jax.device_get(state.params))
     shutil.rmtree(folder, ignore_errors=True)
-    save(folder, stored, params, source="experiments/train_head.py")
+    with written_beside(folder) as beside:
+        save(beside, stored, params, source="experiments/train_head.py")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -155,6 +176,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--block-size", type=int, help="G, the anchor included (default: the preset's, else 16)")
     parser.add_argument("--mask-token-id", type=int, help="default: the preset's")
     parser.add_argument("--bidirectional", action="store_true", help="slots see their whole block (DFlash)")
+    parser.add_argument("--autoregressive", action="store_true", help="an EAGLE-3-style head, a pass per depth")
     parser.add_argument("--data-parallel", action="store_true", help="rows spread over all devices")
     parser.add_argument("--fully-sharded", action="store_true", help="and parameters and optimiser too")
     parser.add_argument("--held-out", type=int, default=48, help="last sequences, never trained on (default 48)")

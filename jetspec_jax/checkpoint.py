@@ -24,14 +24,17 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from jetspec_jax.config import HeadConfig, TargetConfig
+from jetspec_jax.autoregressive import autoregressive_shapes
+from jetspec_jax.config import AutoregressiveHeadConfig, DrafterConfig, HeadConfig, TargetConfig
 from jetspec_jax.errors import JetSpecError
 from jetspec_jax.head import head_shapes
 from jetspec_jax.target import target_shapes
 
 FORMAT, VERSION = "jetspec-jax", 1
 DESCRIPTION, ARRAYS, TOKENIZER = "jetspec.json", "arrays", "tokenizer"
-_KINDS: dict[str, Any] = {"target": (TargetConfig, target_shapes), "head": (HeadConfig, head_shapes)}
+_KINDS: dict[str, tuple[Any, Any]] = {
+    "target": (TargetConfig, target_shapes), "head": (HeadConfig, head_shapes),
+    "autoregressive_head": (AutoregressiveHeadConfig, autoregressive_shapes)}
 
 
 @contextlib.contextmanager
@@ -59,7 +62,7 @@ def written_beside(out: Path) -> Iterator[Path]:
         raise
 
 
-def save(folder: Path, config: TargetConfig | HeadConfig, params: dict, source: str) -> None:
+def save(folder: Path, config: TargetConfig | DrafterConfig, params: dict, source: str) -> None:
     """Writes a checkpoint into the existing folder `folder` (see `written_beside`).
 
     Args:
@@ -71,7 +74,7 @@ def save(folder: Path, config: TargetConfig | HeadConfig, params: dict, source: 
         JetSpecError: the disk is too small or refuses the data.
     """
     _reserve(folder, sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
-    kind = "target" if isinstance(config, TargetConfig) else "head"
+    kind = _kind_of(config)
     # Weights do not compress, and uncompressed single-array files need no second copy in memory.
     handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, use_compression=False, use_ocdbt=False)
     try:
@@ -85,12 +88,16 @@ def save(folder: Path, config: TargetConfig | HeadConfig, params: dict, source: 
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
 
 
+def _kind_of(config: TargetConfig | DrafterConfig) -> str:
+    return next(kind for kind, (config_class, _) in _KINDS.items() if type(config) is config_class)
+
+
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder claims to be a checkpoint of this format."""
     return (folder / DESCRIPTION).is_file()
 
 
-def load_config(folder: Path) -> TargetConfig | HeadConfig:
+def load_config(folder: Path) -> TargetConfig | DrafterConfig:
     """Reads and checks the description of a checkpoint.
 
     Raises:
@@ -118,7 +125,7 @@ def load_config(folder: Path) -> TargetConfig | HeadConfig:
         raise JetSpecError(f"the description of {folder} is damaged: {_first_line(error)}") from error
 
 
-def load(folder: Path, dtype: str | None = None) -> tuple[TargetConfig | HeadConfig, dict]:
+def load(folder: Path, dtype: str | None = None) -> tuple[TargetConfig | DrafterConfig, dict]:
     """Loads a checkpoint onto the default device.
 
     Args:
@@ -133,7 +140,7 @@ def load(folder: Path, dtype: str | None = None) -> tuple[TargetConfig | HeadCon
     """
     config = load_config(folder)
     config = config.with_dtype(dtype or config.dtype)
-    shapes = _KINDS["target" if isinstance(config, TargetConfig) else "head"][1](config)
+    shapes = _KINDS[_kind_of(config)][1](config)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     restore = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=device,
                                                              global_shape=leaf.shape, strict=True), shapes)

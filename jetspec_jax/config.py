@@ -128,22 +128,18 @@ class TargetConfig(TransformerConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadConfig(TransformerConfig):
-    """The draft head (format of the released checkpoints, design of arXiv 2606.18394 section 3).
+class DrafterConfig(TransformerConfig):
+    """What heads of all kinds say of themselves and of their target.
 
     Args:
-        block_size: G; slot 0 is the anchor, slots 1..G-1 are drafted.
+        block_size: G; 1..G-1 are the drafted depths.
         target_layer_ids: the T layers of the target whose outputs are tapped.
         num_target_layers: L of the target that the head was made for.
-        mask_token_id: the token whose embedding fills slots 1..G-1.
-        causal: slots attend causally within the block (JetSpec) or to all slots (DFlash).
     """
 
     block_size: int
     target_layer_ids: tuple[int, ...]
     num_target_layers: int
-    mask_token_id: int
-    causal: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -152,8 +148,6 @@ class HeadConfig(TransformerConfig):
         _require(len(self.target_layer_ids) > 0, "target_layer_ids is empty: the head needs at least one tapped layer")
         bad = [i for i in self.target_layer_ids if not is_integer(i) or not 0 <= i < self.num_target_layers]
         _require(not bad, f"target_layer_ids {bad} lie outside the target's layers 0..{self.num_target_layers - 1}")
-        _require(is_integer(self.mask_token_id) and 0 <= self.mask_token_id < self.vocab_size,
-                 f"mask_token_id {self.mask_token_id!r} lies outside the vocabulary of {self.vocab_size}")
 
     def check_fits(self, target: TargetConfig) -> None:
         """Raises JetSpecError if this head was made for another target than `target`."""
@@ -162,6 +156,29 @@ class HeadConfig(TransformerConfig):
                                    ("vocabulary", self.vocab_size, target.vocab_size)):
             _require(mine == theirs, f"the head does not fit the target: its {what} is {mine}, the target's {theirs}; "
                                      "use the head that was trained for this target")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig(DrafterConfig):
+    """The parallel draft head (format of the released checkpoints, design of arXiv 2606.18394 section 3).
+
+    Args:
+        mask_token_id: the token whose embedding fills slots 1..G-1; slot 0 is the anchor.
+        causal: slots attend causally within the block (JetSpec) or to all slots (DFlash).
+    """
+
+    mask_token_id: int
+    causal: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(is_integer(self.mask_token_id) and 0 <= self.mask_token_id < self.vocab_size,
+                 f"mask_token_id {self.mask_token_id!r} lies outside the vocabulary of {self.vocab_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoregressiveHeadConfig(DrafterConfig):
+    """An EAGLE-3-style head (arXiv 2503.01840): one pass per depth, each reading the token drafted before."""
 
 
 @dataclass(frozen=True)
@@ -248,9 +265,9 @@ class Preset:
 
     Args:
         target: the target's shape.
-        target_source: hub id of the target, or the name of a source that `pretrained.py` knows.
+        target_source: hub id of the target, or "pypi:" and the name of a source that `pretrained.py` knows.
         head: the head's shape, if one is known for this target.
-        head_source: hub id of the released head; None if none has been released.
+        head_source: hub id of the released head, or "shipped:" and the folder of `heads/`; None if there is none.
     """
 
     target: TargetConfig
@@ -281,7 +298,7 @@ SMOLLM2_135M_HEAD = HeadConfig(
     target_layer_ids=default_target_layer_ids(30, 5), num_target_layers=30, mask_token_id=4)
 
 PRESETS: dict[str, Preset] = {
-    "smollm2-135m": Preset(SMOLLM2_135M, "pypi:smollm2-135m", SMOLLM2_135M_HEAD),
+    "smollm2-135m": Preset(SMOLLM2_135M, "pypi:smollm2-135m", SMOLLM2_135M_HEAD, "shipped:smollm2-135m"),
     "qwen3-0.6b": Preset(_qwen3(1024, 3072, 28, 16, tied=True), "Qwen/Qwen3-0.6B"),
     "qwen3-1.7b": Preset(_qwen3(2048, 6144, 28, 16, tied=True), "Qwen/Qwen3-1.7B"),
     "qwen3-4b": Preset(_qwen3(2560, 9728, 36, 32, tied=True), "Qwen/Qwen3-4B"),

@@ -17,7 +17,7 @@ from jax import Array, lax
 from jetspec_jax.attention import causal_bits
 from jetspec_jax.cache import KVCache
 from jetspec_jax.config import TargetConfig
-from jetspec_jax.draft import Drafter, Params
+from jetspec_jax.draft import Drafter, Params, Prompt
 from jetspec_jax.sampling import Sampler, choose
 from jetspec_jax.target import TargetOutput, target_forward, target_logits
 from jetspec_jax.tree import DraftTree
@@ -107,7 +107,7 @@ def prefill(decoder: Decoder, chunk: int, params: Params, sampler: Sampler, toke
         here = (count > start) & (count <= start + chunk)
         last = jnp.where(here[:, None], jnp.take_along_axis(out.hidden, final[:, None, None], axis=1)[:, 0], last)
         return (cache.write_chunk(out.k, out.v, start),
-                decoder.drafter.read_prompt(params, drafter, out.tapped, start), last)
+                decoder.drafter.read_prompt(params, drafter, Prompt(tokens, count), out.tapped, start), last)
 
     carry = (KVCache.create(decoder.target, batch, width), decoder.drafter.create(batch, width),
              jnp.zeros((batch, decoder.target.hidden_size), decoder.target.jnp_dtype))

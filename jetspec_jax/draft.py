@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,13 @@ class Params:
     head: dict
 
 
+class Prompt(NamedTuple):
+    """Prompts that are being read."""
+
+    tokens: Array  # int32 [B, P], padded on the right
+    length: Array  # int32 [B]
+
+
 class Drafter(Protocol):
     """A frozen, hashable description of a drafter; decode.py knows nothing else of it. States are pytrees."""
 
@@ -44,7 +51,7 @@ class Drafter(Protocol):
     def create(self, batch: int, slots: int) -> Any:
         """A state for B sequences of at most `slots` tokens."""
 
-    def read_prompt(self, params: Params, state: Any, tapped: Array, start: Array) -> Any:
+    def read_prompt(self, params: Params, state: Any, prompt: Prompt, tapped: Array, start: Array) -> Any:
         """Takes in one chunk of every prompt: tapped states [B, chunk, T*D] of positions `start`..."""
 
     def insert(self, state: Any, other: Any, rows: Array) -> Any:
@@ -68,6 +75,16 @@ def anchor_of(tokens: Array, position: Array) -> Array:
     return jnp.take_along_axis(tokens, position[:, None], axis=1)[:, 0]
 
 
+def top_logp(logits: Array, width: int) -> tuple[Array, Array]:
+    """The W most likely tokens of logits [..., V], most likely first, and their log-probabilities, [..., W] each."""
+    if width == 1:
+        tokens = argmax_last(logits)[..., None]
+        top = jnp.take_along_axis(logits, tokens, axis=-1)
+    else:
+        top, tokens = lax.top_k(logits, width)
+    return tokens, top - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+
+
 @dataclass(frozen=True)
 class NoDrafter:
     """Plain decoding: every tree is its root."""
@@ -87,7 +104,7 @@ class NoDrafter:
     def create(self, batch: int, slots: int) -> Any:
         return None
 
-    def read_prompt(self, params: Params, state: Any, tapped: Array, start: Array) -> Any:
+    def read_prompt(self, params: Params, state: Any, prompt: Prompt, tapped: Array, start: Array) -> Any:
         return state
 
     def insert(self, state: Any, other: Any, rows: Array) -> Any:
@@ -144,7 +161,7 @@ class HeadDrafter:
                          jnp.zeros((batch, self.max_path, width), self.target.jnp_dtype),
                          jnp.zeros((batch,), jnp.int32))
 
-    def read_prompt(self, params: Params, state: HeadState, tapped: Array, start: Array) -> HeadState:
+    def read_prompt(self, params: Params, state: HeadState, prompt: Prompt, tapped: Array, start: Array) -> HeadState:
         batch, rows = tapped.shape[:2]
         positions = jnp.broadcast_to((start + jnp.arange(rows, dtype=jnp.int32))[None], (batch, rows))
         k, v = head_context(self.head, params.head, tapped.astype(self.head.jnp_dtype), positions)
@@ -179,13 +196,7 @@ class HeadDrafter:
     def grow(self, anchor: Array, logits: Array) -> DraftTree:
         """Top-W log-probabilities of each depth [B, G-1, V], then the builder."""
         width = 1 if self._tree.builder == "chain" else self._tree.width
-        if width == 1:
-            tokens = argmax_last(logits)[..., None]
-            top = jnp.take_along_axis(logits, tokens, axis=-1)
-        else:
-            top, tokens = lax.top_k(logits, width)
-        logp = top - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        return build_tree(self._tree, anchor, tokens, logp)
+        return build_tree(self._tree, anchor, *top_logp(logits, width))
 
     def observe(self, state: HeadState, tapped: Array, path: Array, count: Array) -> HeadState:
         rows = jnp.take_along_axis(tapped, path[:, :, None], axis=1)

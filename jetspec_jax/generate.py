@@ -12,7 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jetspec_jax.config import PromptLookup, SamplingParams, TreeConfig, is_integer
+from jetspec_jax.autoregressive import AutoregressiveDrafter
+from jetspec_jax.config import (
+    AutoregressiveHeadConfig,
+    HeadConfig,
+    PromptLookup,
+    SamplingParams,
+    TreeConfig,
+    is_integer,
+)
 from jetspec_jax.decode import Decoder, DecodeState, create_state, insert, prefill, run_rounds
 from jetspec_jax.draft import Drafter, HeadDrafter, NoDrafter
 from jetspec_jax.errors import JetSpecError
@@ -293,6 +301,9 @@ def drafter_of(pair: Pair, tree: Draft | None) -> Drafter:
     if pair.head_config is None:
         raise JetSpecError("this pair has no draft head: load one (load_pretrained(target, head=...), decode.py: "
                            "--head), or decode plainly with tree=None")
+    if isinstance(pair.head_config, AutoregressiveHeadConfig):
+        return AutoregressiveDrafter(pair.target_config, pair.head_config, tree)
+    assert isinstance(pair.head_config, HeadConfig)
     return HeadDrafter(pair.target_config, pair.head_config, tree)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from jetspec_jax.config import HeadConfig, TargetConfig
+from jetspec_jax.config import DrafterConfig, TargetConfig
 from jetspec_jax.draft import Params
 from jetspec_jax.errors import JetSpecError
 from jetspec_jax.programs import Programs
@@ -19,15 +19,13 @@ class Pair:
         target_config, head_config: their shapes; no head, no tree decoding.
         params: their parameters on the device.
         tokenizer: a Hugging Face tokenizer, or None where the source had none.
-        head_is_trained: False for the random stand-in of a preset whose head has not been trained yet.
         programs: the programs compiled for this pair so far.
     """
 
     target_config: TargetConfig
-    head_config: HeadConfig | None
+    head_config: DrafterConfig | None
     params: Params
     tokenizer: Any = None
-    head_is_trained: bool = True
     programs: Programs = field(default_factory=Programs)
 
     def chat(self, message: str, system: str | None = None) -> str:

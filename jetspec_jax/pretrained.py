@@ -13,12 +13,13 @@ from filelock import FileLock
 
 from converters import convert
 from jetspec_jax import checkpoint
-from jetspec_jax.config import FLOAT_DTYPES, PRESETS, HeadConfig, Preset, TargetConfig
+from jetspec_jax.config import FLOAT_DTYPES, PRESETS, DrafterConfig, Preset, TargetConfig
 from jetspec_jax.draft import Params
 from jetspec_jax.errors import JetSpecError
-from jetspec_jax.head import init_head
 from jetspec_jax.pair import Pair
 from jetspec_jax.wheels import SMOLLM2_GGUF, fetch
+
+HEADS = Path(__file__).resolve().parents[1] / "heads"
 
 
 def load_pretrained(target: str | Path, head: str | Path | None = None, *, dtype: str | None = None) -> Pair:
@@ -51,15 +52,11 @@ def load_pretrained(target: str | Path, head: str | Path | None = None, *, dtype
 
     target_config, target_params = _load(folder, "target", dtype)
     tokenizer = _load_tokenizer(folder)
-    head_config: HeadConfig | None = None
+    head_config: DrafterConfig | None = None
     head_params: dict = {}
     if head_folder is not None:
         head_config, head_params = _load(head_folder, "head", dtype)
-    elif preset is not None and preset.head is not None:
-        head_config = preset.head.with_dtype(dtype or preset.head.dtype)
-        head_params = init_head(head_config, jax.random.key(0))
-    return Pair(target_config, head_config, Params(target_params, head_params), tokenizer,
-                head_is_trained=head_folder is not None or head_config is None)
+    return Pair(target_config, head_config, Params(target_params, head_params), tokenizer)
 
 
 def cache_folder() -> Path:
@@ -94,8 +91,20 @@ def _find_head(head: str | Path | None, preset: Preset | None) -> Path:
     named = PRESETS.get(str(head)) if head is not None and not Path(head).exists() else None
     if head is None or (named is not None and named.head_source):
         preset = named or preset
-        return _find(str(preset.head_source if preset else head), "head", preset)
+        source = str(preset.head_source if preset else head)
+        if source.startswith("shipped:"):
+            return _shipped_head(source.removeprefix("shipped:"))
+        return _find(source, "head", preset)
     return _find(str(head), "head")
+
+
+def _shipped_head(name: str) -> Path:
+    """A head that was trained with this project and comes with it."""
+    folder = HEADS / name
+    if not folder.is_dir():
+        raise JetSpecError(f"the head of {name} is missing from this installation ({folder}): install the project from "
+                           "its repository, or train one with experiments/train_head.py")
+    return folder
 
 
 def _by_hand(source: str, kind: str, preset: Preset | None) -> str:
@@ -112,7 +121,7 @@ def _by_hand(source: str, kind: str, preset: Preset | None) -> str:
 def _read_config(folder: Path, kind: str) -> Any:
     """The shape of a target or head, checked to be of that kind."""
     config = checkpoint.load_config(folder) if checkpoint.is_checkpoint(folder) else convert.read_config(folder, kind)
-    if not isinstance(config, TargetConfig if kind == "target" else HeadConfig):
+    if not isinstance(config, TargetConfig if kind == "target" else DrafterConfig):
         raise JetSpecError(f"{folder} does not hold a {kind}: target and head may have been swapped")
     return config
 

@@ -52,7 +52,7 @@ def build_tree(config: TreeConfig, anchor: Array, tokens: Array, logp: Array) ->
 def root_only(anchor: Array) -> DraftTree:
     """The tree of plain decoding: the anchor alone."""
     batch = anchor.shape[0]
-    return _tree(anchor[:, None], jnp.full((batch, 1), -1, jnp.int32), jnp.zeros((batch, 1), jnp.int32),
+    return assemble_tree(anchor[:, None], jnp.full((batch, 1), -1, jnp.int32), jnp.zeros((batch, 1), jnp.int32),
                  jnp.zeros((batch, 1), jnp.float32), jnp.ones((batch,), jnp.int32), depths=0)
 
 
@@ -60,7 +60,7 @@ def chain_tree(tokens: Array, size: Array) -> DraftTree:
     """One path per sequence: its first `size` int32 [B] tokens of int32 [B, N], the root first."""
     nodes = tokens.shape[1]
     depth = jnp.broadcast_to(jnp.arange(nodes, dtype=jnp.int32)[None], tokens.shape)
-    return _tree(tokens, depth - 1, depth, jnp.zeros(tokens.shape, jnp.float32), size, depths=nodes - 1)
+    return assemble_tree(tokens, depth - 1, depth, jnp.zeros(tokens.shape, jnp.float32), size, depths=nodes - 1)
 
 
 def _chain(nodes: int, anchor: Array, tokens: Array, logp: Array) -> DraftTree:
@@ -69,7 +69,7 @@ def _chain(nodes: int, anchor: Array, tokens: Array, logp: Array) -> DraftTree:
     depth = jnp.broadcast_to(jnp.arange(nodes, dtype=jnp.int32)[None], (batch, nodes))
     token = jnp.concatenate([anchor[:, None], tokens[:, :, 0]], axis=1)[:, :nodes]
     score = jnp.concatenate([jnp.zeros((batch, 1), logp.dtype), jnp.cumsum(logp[:, :, 0], axis=1)], axis=1)[:, :nodes]
-    return _tree(token, depth - 1, depth, score, jnp.full((batch,), nodes, jnp.int32), depths=nodes - 1)
+    return assemble_tree(token, depth - 1, depth, score, jnp.full((batch,), nodes, jnp.int32), depths=nodes - 1)
 
 
 def _accum_logp(nodes: int, anchor: Array, tokens: Array, logp: Array) -> DraftTree:
@@ -78,7 +78,7 @@ def _accum_logp(nodes: int, anchor: Array, tokens: Array, logp: Array) -> DraftT
     parents = max(1, -(-(nodes - 1) // width))  # each expansion fills W nodes, the last one perhaps fewer
     arena = _grow(parents, anchor, tokens, logp, expandable_depths=depths)
     cut = slice(0, nodes)
-    return _tree(arena.token[:, cut], arena.parent[:, cut], arena.depth[:, cut], arena.score[:, cut],
+    return assemble_tree(arena.token[:, cut], arena.parent[:, cut], arena.depth[:, cut], arena.score[:, cut],
                  jnp.minimum(arena.filled, nodes), depths)
 
 
@@ -98,8 +98,8 @@ def _best_first(nodes: int, anchor: Array, tokens: Array, logp: Array) -> DraftT
     order = order.at[rows, jnp.where(arena.popped < 0, order.shape[1], slot)].set(popped_at, mode="drop")
     parent = jnp.take_along_axis(order, jnp.maximum(pick(arena.parent), 0), axis=1)
     size = jnp.sum(arena.popped >= 0, axis=1, dtype=jnp.int32)
-    return _tree(pick(arena.token), jnp.where(popped_at > 0, parent, -1), pick(arena.depth), pick(arena.score), size,
-                 depths)
+    return assemble_tree(pick(arena.token), jnp.where(popped_at > 0, parent, -1), pick(arena.depth), pick(arena.score),
+                         size, depths)
 
 
 _BUILDERS = {"accum_logp": _accum_logp, "best_first": _best_first, "chain": _chain}
@@ -160,7 +160,7 @@ def _grow(pops: int, anchor: Array, tokens: Array, logp: Array, expandable_depth
     return lax.fori_loop(jnp.int32(0), jnp.int32(pops), pop, arena)
 
 
-def _tree(token: Array, parent: Array, depth: Array, score: Array, size: Array, depths: int) -> DraftTree:
+def assemble_tree(token: Array, parent: Array, depth: Array, score: Array, size: Array, depths: int) -> DraftTree:
     """Clears the padding and packs the ancestors, which pointer doubling finds in log2(depths) steps."""
     nodes = jnp.arange(token.shape[1], dtype=jnp.int32)[None, :]
     real = nodes < size[:, None]

@@ -5,6 +5,7 @@ import os
 # Hundreds of tiny programs are compiled and each runs for milliseconds: LLVM need not optimise them. (The scripts'
 # tests run in their own processes and use fully optimised programs.)
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"  # for the tests of meshes
 
 import jax
 import pytest

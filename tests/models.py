@@ -68,8 +68,8 @@ class TableDrafter(HeadDrafter):
         at = position[:, None] + jnp.arange(1, self.head.block_size, dtype=jnp.int32)[None, :]
         return table[jnp.minimum(at, table.shape[0] - 1)], k, v
 
-    def read_prompt(self, params, state, tapped, start):
-        return super().read_prompt(params.replace(head=params.head["real"]), state, tapped, start)
+    def read_prompt(self, params, state, prompt, tapped, start):
+        return super().read_prompt(params.replace(head=params.head["real"]), state, prompt, tapped, start)
 
 
 def run_with_table(pair: Pair, table: np.ndarray, prompts: list[list[int]], tree: TreeConfig,

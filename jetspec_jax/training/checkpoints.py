@@ -9,7 +9,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from jetspec_jax.checkpoint import quiet
-from jetspec_jax.config import HeadConfig
+from jetspec_jax.config import DrafterConfig
 from jetspec_jax.errors import JetSpecError
 from jetspec_jax.training.config import TrainConfig
 from jetspec_jax.training.trainer import TrainState
@@ -23,7 +23,7 @@ class TrainCheckpoints:
         head, config, data: what the run trains, how, and on what; a checkpoint made otherwise is refused.
     """
 
-    def __init__(self, folder: Path, head: HeadConfig, config: TrainConfig, data: dict) -> None:
+    def __init__(self, folder: Path, head: DrafterConfig, config: TrainConfig, data: dict) -> None:
         self.folder = folder / "checkpoints"
         self.description = {"head": asdict(head), "config": asdict(config), "data": data}
         with quiet():
@@ -64,6 +64,6 @@ class TrainCheckpoints:
             theirs = found.get(part, {})
             for name, value in mine.items():
                 stored = theirs.get(name)
-                if (list(value) if isinstance(value, tuple) else value) != stored:
+                if name != "steps" and (list(value) if isinstance(value, tuple) else value) != stored:
                     raise JetSpecError(f"{self.folder} belongs to a run with {name} {stored!r}, not {value!r}: resume "
                                        "with the same options, or choose another --out")

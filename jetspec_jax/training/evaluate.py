@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jetspec_jax.config import HeadConfig, TargetConfig, TreeConfig
+from jetspec_jax.config import DrafterConfig, TargetConfig, TreeConfig
 from jetspec_jax.target import target_logits
 from jetspec_jax.training.batches import Batch
 from jetspec_jax.training.loss import block_slots
@@ -20,7 +20,7 @@ from jetspec_jax.verify import accept
 ANCHORS_AT_ONCE = 16
 
 
-def accepted_on(target: TargetConfig, head: HeadConfig, trees: tuple[TreeConfig, ...], layers: tuple[int, ...],
+def accepted_on(target: TargetConfig, head: DrafterConfig, trees: tuple[TreeConfig, ...], layers: tuple[int, ...],
                 head_params: Any, target_params: Any, batch: Batch) -> Array:
     """Accepted tokens (the free one included) summed over all anchors of a batch, per tree; then the anchors.
 
@@ -62,8 +62,8 @@ def accepted_on(target: TargetConfig, head: HeadConfig, trees: tuple[TreeConfig,
 class HeldOut:
     """Mean accepted length on held-out batches, compiled once."""
 
-    def __init__(self, target: TargetConfig, head: HeadConfig, trees: tuple[TreeConfig, ...], layers: tuple[int, ...],
-                 batches: list[Batch]) -> None:
+    def __init__(self, target: TargetConfig, head: DrafterConfig, trees: tuple[TreeConfig, ...],
+                 layers: tuple[int, ...], batches: list[Batch]) -> None:
         self.trees, self.batches = trees, batches
         self._run = jax.jit(partial(accepted_on, target, head, trees, layers))
 

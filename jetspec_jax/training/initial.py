@@ -35,7 +35,7 @@ def head_from_target(target: TargetConfig, head: HeadConfig, params: dict, key: 
         made[f"layers_{i}"] = _overlay(made[f"layers_{i}"], source[f"layers_{first + i}"])
     size, taps = head.hidden_size, len(head.target_layer_ids)
     noise = jax.random.normal(key, (taps * size, size), jnp.float32) * (0.02 / taps**0.5)
-    made["fc"]["kernel"] = noise.at[(taps - 1) * size:].add(jnp.eye(size)).astype(dtype)
+    made["fc"]["kernel"] = noise.at[(taps - 1) * size:].add(jnp.eye(size, dtype=jnp.float32)).astype(dtype)
     made["hidden_norm"]["scale"] = source[f"layers_{first}"]["input_layernorm"]["scale"]
     made["norm"]["scale"] = source["norm"]["scale"]
     return jax.tree.map(lambda new, like: jnp.array(new, like.dtype), {"params": made}, head_shapes(head))

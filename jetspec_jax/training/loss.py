@@ -13,8 +13,9 @@ from flax import struct
 from jax import Array, lax
 
 from jetspec_jax.attention import pack_bits
+from jetspec_jax.autoregressive import autoregressive_forward, fuse_features
 from jetspec_jax.cache import KVCache
-from jetspec_jax.config import HeadConfig, TargetConfig
+from jetspec_jax.config import AutoregressiveHeadConfig, DrafterConfig, HeadConfig, TargetConfig
 from jetspec_jax.head import head_run
 from jetspec_jax.target import target_embed, target_forward, target_logits, target_norm
 from jetspec_jax.training.batches import Batch
@@ -55,7 +56,7 @@ def run_blocks(target: TargetConfig, head: HeadConfig, target_params: dict, head
     anchor_token = jnp.take_along_axis(batch.tokens, batch.anchor, axis=1)
     block = target_embed(target, target_params, jnp.concatenate([anchor_token[..., None], masks], axis=-1))
     at = jnp.take_along_axis(batch.position, batch.anchor, axis=1)  # [B, A], absolute position of the anchor
-    slot_position = at[:, :, None] + jnp.arange(slots, dtype=jnp.int32)
+    slot_position = at[:, :, None] + jnp.arange(slots, dtype=jnp.int32)[None, None, :]
     positions = jnp.concatenate([batch.position, slot_position.reshape(rows, -1)], axis=1)
     # Context strictly before the anchor, of the anchor's own sequence.
     of_anchor = jnp.take_along_axis(batch.segment, batch.anchor, axis=1)
@@ -92,7 +93,7 @@ def block_attention(q: Array, k: Array, v: Array, context: Array, inside: Array)
     own_k, own_v = (x[:, :, length:].reshape(rows, kv_heads, anchors, slots, width) for x in (k, v))
     within = jnp.einsum("bkgasc,bkatc->bkgast", q.reshape(blockwise), own_k)
     before = jnp.where(context[:, None, None, :, None, :], before, -jnp.inf)
-    within = jnp.where(inside[None, None, None, None], within, -jnp.inf)
+    within = jnp.where(inside[None, None, None, None, :, :], within, -jnp.inf)
     # One softmax over both parts, which are never joined. A slot sees at least itself, so the peak is finite.
     peak = lax.stop_gradient(jnp.maximum(jnp.max(before, axis=-1, keepdims=True),
                                          jnp.max(within, axis=-1, keepdims=True)))
@@ -104,7 +105,66 @@ def block_attention(q: Array, k: Array, v: Array, context: Array, inside: Array)
     return out.transpose(0, 3, 4, 1, 2, 5).reshape(rows, blocks, heads, width)
 
 
-def block_slots(target: TargetConfig, head: HeadConfig, target_params: dict, head_params: Any, batch: Batch,
+def run_unrolled(target: TargetConfig, head: AutoregressiveHeadConfig, target_params: dict, head_params: Any,
+                 batch: Batch, tapped: Array, slots: int) -> Array:
+    """An autoregressive head's hidden states [B, A, G'-1, D]: depth i of an anchor is the i-th pass over the row, each
+    pass reading what the one before put out one place earlier (EAGLE-3's training-time test)."""
+    width = batch.tokens.shape[1]
+    embedded = target_embed(target, target_params, batch.tokens)
+    place = jnp.arange(width, dtype=jnp.int32)
+    distance = place[:, None] - place[None, :]
+    same = batch.segment[:, :, None] == batch.segment[:, None, :]
+    exists = (batch.position > 0)[:, None, :]  # the row of token 0 would need a state before the first
+    passes: list[tuple[Array, Array]] = []
+    feature, outputs = fuse_features(head, head_params, tapped), []
+    for number in range(slots - 1):
+        # Rows that were drafted hide the target's own features of their places.
+        seen = same & exists & (distance >= number)[None]
+        if number == 0:
+            seen = seen | (distance == 0)[None]  # later passes see their own row through `keys`
+
+        def attend(q: Array, k: Array, v: Array, layer: int, seen: Array = seen) -> Array:
+            keys = [(own[0][layer], own[1][layer]) for own in passes] + [(k, v)]
+            return unrolled_attention(q, keys, seen)
+
+        out = autoregressive_forward(head, head_params, embedded, _shift(feature, 1), batch.position, attend)
+        passes.append((out.k, out.v))
+        feature = out.feature
+        outputs.append(out.hidden)
+    at = jnp.minimum(batch.anchor[:, :, None] + jnp.arange(slots - 1, dtype=jnp.int32)[None, None, :], width - 1)
+    return jnp.stack([jnp.take_along_axis(hidden, at[:, :, i, None], axis=1) for i, hidden in enumerate(outputs)],
+                     axis=2)
+
+
+def _shift(x: Array, by: int) -> Array:
+    """Moves rows [B, P, ...] towards higher places."""
+    return jnp.pad(x, ((0, 0), (by, 0)) + ((0, 0),) * (x.ndim - 2))[:, :x.shape[1]]
+
+
+def unrolled_attention(q: Array, keys: list[tuple[Array, Array]], seen: Array) -> Array:
+    """Attention of the last pass: over the first pass where `seen`, and over one row of each later pass.
+
+    Args:
+        q: [B, P, H, C].
+        keys: (k, v) of the passes so far, [B, P, K, C] each; pass m is seen where its drafted row stands, as many
+            places back as passes followed it.
+        seen: bool [B, P, P].
+    """
+    rows, length, heads, width = q.shape
+    kv_heads = keys[0][0].shape[2]
+    q = (q * jnp.asarray(width**-0.5, q.dtype)).reshape(rows, length, kv_heads, heads // kv_heads, width)
+    first = jnp.einsum("bpkgc,bskc->bkgps", q, keys[0][0])
+    scores = [jnp.where(seen[:, None, None], first, -jnp.inf)]
+    later = [(_shift(k, len(keys) - 1 - m), _shift(v, len(keys) - 1 - m)) for m, (k, v) in enumerate(keys) if m]
+    scores += [jnp.einsum("bpkgc,bpkc->bkgp", q, k)[..., None] for k, _ in later]
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+    out = jnp.einsum("bkgps,bskc->bpkgc", weights[..., :length], keys[0][1])
+    for m, (_, v) in enumerate(later):
+        out = out + weights[..., length + m].transpose(0, 3, 1, 2)[..., None] * v[:, :, :, None]
+    return out.reshape(rows, length, heads, width)
+
+
+def block_slots(target: TargetConfig, head: DrafterConfig, target_params: dict, head_params: Any, batch: Batch,
                 layers: tuple[int, ...], slots: int, remat: bool = False) -> Slots:
     """Runs all blocks and finds what each slot should have said."""
     states = batch_states(target, target_params, batch, layers)
@@ -115,8 +175,14 @@ def block_slots(target: TargetConfig, head: HeadConfig, target_params: dict, hea
         return states[..., start:start + width]
 
     tapped = jnp.concatenate([of(layer) for layer in head.target_layer_ids], axis=-1)
-    hidden = run_blocks(target, head, target_params, head_params, batch, tapped, slots, remat)
-    place = batch.anchor[:, :, None] + jnp.arange(1, slots, dtype=jnp.int32)  # of the taught token, [B, A, G'-1]
+    if isinstance(head, HeadConfig):
+        hidden = run_blocks(target, head, target_params, head_params, batch, tapped, slots, remat)[:, :, 1:]
+    elif isinstance(head, AutoregressiveHeadConfig):
+        hidden = run_unrolled(target, head, target_params, head_params, batch, tapped, slots)
+    else:
+        raise TypeError(f"no training for {type(head).__name__}")
+    # Where the taught tokens stand, [B, A, G'-1].
+    place = batch.anchor[:, :, None] + jnp.arange(1, slots, dtype=jnp.int32)[None, None, :]
     fits = place < batch.tokens.shape[1]
     place = jnp.where(fits, place, 0)
     flat = place.reshape(place.shape[0], -1)
@@ -125,7 +191,7 @@ def block_slots(target: TargetConfig, head: HeadConfig, target_params: dict, hea
     final = target_norm(target, target_params, of(target.num_layers - 1))
     teacher = jnp.take_along_axis(final, jnp.maximum(flat - 1, 0)[..., None], axis=1).reshape(*place.shape, width)
     label = jnp.take_along_axis(batch.tokens, flat, axis=1).reshape(place.shape)
-    return Slots(hidden[:, :, 1:], teacher, label, fits & (segment == of_anchor) & batch.anchor_real[:, :, None])
+    return Slots(hidden, teacher, label, fits & (segment == of_anchor) & batch.anchor_real[:, :, None])
 
 
 def depth_weights(depths: int, gamma: float) -> Array:
@@ -155,7 +221,7 @@ def slot_losses(target: TargetConfig, target_params: dict, slots: Slots, subset:
             loss = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
         else:
             loss = -jnp.take_along_axis(log_q, wanted[:, None], axis=-1)[:, 0]
-        return loss, jnp.argmax(drafted, axis=-1), jnp.argmax(taught, axis=-1)
+        return loss, jnp.argmax(drafted, axis=-1).astype(jnp.int32), jnp.argmax(taught, axis=-1).astype(jnp.int32)
 
     count = slots.label.size
     size = min(config.loss_chunk, count)
@@ -187,12 +253,12 @@ def accepted_lengths(drafted: Array, taught: Array, label: Array, real: Array) -
     target's arg-max (sampled text) nothing is known and nothing counted.
     """
     agrees = real & (drafted == taught)
-    follows = jnp.cumprod((agrees & (label == taught)).astype(jnp.int32), axis=-1)
+    follows = jnp.cumprod(agrees & (label == taught), axis=-1, dtype=jnp.int32)
     before = jnp.concatenate([jnp.ones_like(follows[..., :1]), follows[..., :-1]], axis=-1)
-    return 1 + jnp.sum(before * agrees.astype(jnp.int32), axis=-1)
+    return 1 + jnp.sum(before * agrees.astype(jnp.int32), axis=-1, dtype=jnp.int32)
 
 
-def loss_and_metrics(target: TargetConfig, head: HeadConfig, config: TrainConfig, layers: tuple[int, ...],
+def loss_and_metrics(target: TargetConfig, head: DrafterConfig, config: TrainConfig, layers: tuple[int, ...],
                      head_params: Any, target_params: dict, batch: Batch) -> tuple[Array, dict[str, Array]]:
     """The weighted mean loss over all slots of a batch."""
     slots = block_slots(target, head, target_params, head_params, batch, layers, config.slots or head.block_size,
@@ -200,10 +266,13 @@ def loss_and_metrics(target: TargetConfig, head: HeadConfig, config: TrainConfig
     loss, drafted, taught = slot_losses(target, target_params, slots, batch.subset, config)
     weight = jnp.where(slots.real, depth_weights(loss.shape[-1], config.gamma)[None, None], 0)
     loss = jnp.sum(loss * weight) / jnp.maximum(jnp.sum(weight), 1e-9)
-    anchors = jnp.maximum(jnp.sum(batch.anchor_real), 1)
-    lengths = jnp.where(batch.anchor_real, accepted_lengths(drafted, taught, slots.label, slots.real), 0)
-    first = slots.real[..., 0]
-    return loss, {
-        "loss": loss, "accepted_length": jnp.sum(lengths) / anchors,
-        "first_accuracy": jnp.sum(first & (drafted[..., 0] == taught[..., 0])) / jnp.maximum(jnp.sum(first), 1),
-        "anchors": jnp.sum(batch.anchor_real), "slots": jnp.sum(slots.real)}
+
+    def mean(values: Array, over: Array) -> Array:
+        total = jnp.sum(jnp.where(over, values.astype(jnp.float32), 0))
+        return total / jnp.maximum(jnp.sum(over, dtype=jnp.float32), 1)
+
+    lengths = accepted_lengths(drafted, taught, slots.label, slots.real)
+    return loss, {"loss": loss, "accepted_length": mean(lengths, batch.anchor_real),
+                  "first_accuracy": mean(drafted[..., 0] == taught[..., 0], slots.real[..., 0]),
+                  "anchors": jnp.sum(batch.anchor_real, dtype=jnp.float32),
+                  "slots": jnp.sum(slots.real, dtype=jnp.float32)}

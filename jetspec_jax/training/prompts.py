@@ -47,14 +47,19 @@ def suite_exclusion(cache: Path) -> Exclusion:
 
 def conversation_prompts(cache: Path, seed: int) -> Iterator[str]:
     """First human turns of conversations, shuffled. No licence is declared: they are read, never redistributed."""
+    return (prompt for prompt, _ in conversations(cache, seed))
+
+
+def conversations(cache: Path, seed: int) -> Iterator[tuple[str, str]]:
+    """(first human turn, the answer it got from another model), shuffled."""
     (file,) = fetch(SHAREGPT, cache)
     text = file.read_text(encoding="utf-8")
     if not text.rstrip().endswith("]"):  # the published file is truncated within its last conversation
         text = text[:text.rindex("\n  },\n")] + "\n  }\n]"
-    turns = (entry["conversations"][0] for entry in json.loads(text) if entry["conversations"])
-    prompts = [turn["value"].strip() for turn in turns if turn["from"] == "human" and turn["value"].strip()]
-    random.Random(seed).shuffle(prompts)
-    yield from prompts
+    openings = [[turn["value"].strip() for turn in entry["conversations"][:2]] for entry in json.loads(text)
+                if [turn["from"] for turn in entry["conversations"][:2]] == ["human", "gpt"]]
+    random.Random(seed).shuffle(openings)
+    yield from ((prompt, answer) for prompt, answer in openings if prompt and answer)
 
 
 def word_problems(cache: Path, seed: int) -> Iterator[str]:

@@ -5,7 +5,7 @@ Decoding computes every state that training needs, so nothing is run twice: a dr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,10 +14,11 @@ import numpy as np
 from flax import struct
 from jax import Array, lax
 
+from jetspec_jax import draft
 from jetspec_jax.config import SamplingParams
 from jetspec_jax.decode import Decoder, DecodeState
 from jetspec_jax.draft import NoDrafter, Params
-from jetspec_jax.generate import Request, Run, StreamChunk, read_requests
+from jetspec_jax.generate import Prompt, Request, Run, StreamChunk, read_requests
 from jetspec_jax.pair import Pair
 from jetspec_jax.sampling import Sampler
 from jetspec_jax.tree import DraftTree
@@ -46,7 +47,7 @@ class _Recorder(NoDrafter):
         return _Record(jnp.zeros((batch, slots, len(self.layers) * self.width), jnp.uint16),
                        jnp.zeros((batch,), jnp.int32))
 
-    def read_prompt(self, params: Params, state: Any, tapped: Array, start: Array) -> Any:
+    def read_prompt(self, params: Params, state: Any, prompt: draft.Prompt, tapped: Array, start: Array) -> Any:
         return replace(state, states=lax.dynamic_update_slice_in_dim(state.states, _bits(tapped), start, axis=1))
 
     def insert(self, state: Any, other: Any, rows: Array) -> Any:
@@ -103,8 +104,9 @@ class _RecordingRun(Run):
             yield chunk
 
 
-def record_answers(pair: Pair, prompts: list[str], layers: tuple[int, ...], *, max_new_tokens: int, batch_size: int,
-                   sampling: SamplingParams, seed: int, indices: list[int] | None = None) -> Iterator[Recording]:
+def record_answers(pair: Pair, prompts: Sequence[Prompt], layers: tuple[int, ...], *, max_new_tokens: int,
+                   batch_size: int, sampling: SamplingParams, seed: int,
+                   indices: list[int] | None = None) -> Iterator[Recording]:
     """Answers many prompts at full batch and yields each as it finishes.
 
     Args:
@@ -112,13 +114,29 @@ def record_answers(pair: Pair, prompts: list[str], layers: tuple[int, ...], *, m
         indices: the prompts' own numbers, which key their noise; by default their place in the list.
     """
     decoder = Decoder(pair.target_config, _Recorder(layers, pair.target_config.hidden_size))
-    run = _RecordingRun(pair, decoder, Sampler.create(sampling), pair.target_config.eos_token_ids, seed,
-                        max_new_tokens)
-    run.recordings = []
     requests = read_requests(pair, list(prompts), max_new_tokens)
     for request, index in zip(requests, indices or range(len(prompts)), strict=True):
         request.index = index
+    run = _RecordingRun(pair, decoder, Sampler.create(sampling), pair.target_config.eos_token_ids, seed,
+                        max_new_tokens)
+    run.recordings = []
     for _ in run.steps(requests, min(batch_size, len(requests)), None):
         while run.recordings:
             yield run.recordings.pop()
     yield from run.recordings
+
+
+def record_texts(pair: Pair, texts: Sequence[tuple[list[int], int]], layers: tuple[int, ...], *, batch_size: int,
+                 indices: list[int] | None = None) -> Iterator[Recording]:
+    """Other people's answers with the states that the target has on them.
+
+    Args:
+        texts: (token ids of prompt and answer, tokens of the prompt).
+    """
+    indices = indices or list(range(len(texts)))
+    lengths = {index: length for index, (_, length) in zip(indices, texts, strict=True)}
+    for found in record_answers(pair, [ids for ids, _ in texts], layers, max_new_tokens=1, batch_size=batch_size,
+                                sampling=SamplingParams(), seed=0, indices=indices):
+        # The target's own next token is dropped; its state on the text's last token is too, as nothing follows it.
+        yield Recording(found.index, found.tokens[:-1], lengths[found.index],
+                        found.states[:len(found.tokens) - 2])

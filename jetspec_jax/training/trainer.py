@@ -16,7 +16,7 @@ from flax import struct
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jetspec_jax.config import HeadConfig, TargetConfig
+from jetspec_jax.config import DrafterConfig, HeadConfig, TargetConfig
 from jetspec_jax.errors import JetSpecError
 from jetspec_jax.training.batches import Batch, Batches
 from jetspec_jax.training.config import TrainConfig
@@ -56,7 +56,7 @@ class Trainer:
     """
 
     target: TargetConfig
-    head: HeadConfig
+    head: DrafterConfig
     target_params: Any
     config: TrainConfig
     layers: tuple[int, ...]
@@ -71,7 +71,8 @@ class Trainer:
                                "record it for this head, or without states")
         if self.config.slots is not None and self.config.slots > self.head.block_size:
             raise JetSpecError(f"slots {self.config.slots} exceed the head's block of {self.head.block_size}")
-        if self.config.slots is not None and not self.head.causal and self.config.slots != self.head.block_size:
+        bidirectional = isinstance(self.head, HeadConfig) and not self.head.causal
+        if self.config.slots not in (None, self.head.block_size) and bidirectional:
             raise JetSpecError("a bidirectional head sees its whole block: train all its slots (slots=None)")
         if self.mesh is not None and self.config.rows % self.mesh.devices.size:
             raise JetSpecError(f"rows {self.config.rows} are not a multiple of the mesh's {self.mesh.devices.size} "
@@ -129,7 +130,7 @@ class Trainer:
                 metrics = jax.tree.map(lambda leaf: jnp.mean(leaf.astype(jnp.float32), axis=0), metrics)
             updates, optimiser_state = optimiser.update(gradient, state.optimiser, state.params)
             params = optax.apply_updates(state.params, updates)
-            metrics["gradient_norm"] = optax.global_norm(gradient)
+            metrics["gradient_norm"] = optax.tree.norm(gradient)
             return TrainState(state.step + 1, params, optimiser_state), metrics
 
         return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,216 @@
+"""The paper's analyses on recorded data of a small target: each trains what it compares, and writes a table and a plot.
+
+    python experiments/paper.py gamma --dataset data/greedy --out out/gamma --steps 400
+    python experiments/paper.py foreign --dataset data/greedy --foreign-dataset data/foreign --out out/foreign
+    python experiments/paper.py faithfulness --dataset data/greedy --causal-head A --bidirectional-head B --out out/f
+
+gamma         depth weights exp(-(i-1)/gamma), gamma 0, 3, 7, 15, causal against bidirectional (paper, table 7)
+foreign       the target's own answers against other people's (table 6); see generate_data.py --foreign
+faithfulness  the gap between the head's and the target's log-probability of the head's best branch (tables 8 and 9)
+
+Budget scaling (figure of tables 1 and 2) is what benchmark.py --out plots. These are small trainings: they show
+directions, not the paper's figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from tqdm import tqdm
+
+from experiments.common import add_compile_cache, run_main
+from jetspec_jax import HeadConfig, JetSpecError, Pair, TreeConfig, load_pretrained
+from jetspec_jax.attention import causal_bits
+from jetspec_jax.cache import KVCache
+from jetspec_jax.config import PRESETS, TargetConfig
+from jetspec_jax.target import target_forward, target_logits
+from jetspec_jax.training.batches import Batch, Batches
+from jetspec_jax.training.config import TrainConfig
+from jetspec_jax.training.dataset import Dataset
+from jetspec_jax.training.evaluate import HeldOut
+from jetspec_jax.training.initial import head_from_target
+from jetspec_jax.training.loss import block_slots
+from jetspec_jax.training.trainer import Trainer
+
+GAMMAS = (0.0, 3.0, 7.0, 15.0)
+TREES = (TreeConfig("chain"), TreeConfig(budget=16), TreeConfig(budget=64))
+BINS = (5.0, 20.0, 40.0, 80.0)  # of the gap, as in table 9
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    if args.steps < 1 or args.held_out < 1:
+        raise JetSpecError("--steps and --held-out must be at least 1")
+    add_compile_cache()
+    dataset = Dataset(args.dataset)
+    pair = load_pretrained(args.model)
+    rows = {"gamma": gamma, "foreign": foreign, "faithfulness": faithfulness}[args.analysis](args, pair, dataset)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+    table = markdown(rows)
+    (args.out / "results.md").write_text(table + "\n")
+    print(table)
+
+
+def train(args: argparse.Namespace, pair: Pair, dataset: Dataset, held_out: list[Batch], gamma: float, causal: bool,
+          name: str) -> dict[str, Any]:
+    """Trains one head from the target's last layers; what it accepts on the held-out answers."""
+    preset = PRESETS[args.model].head if args.model in PRESETS else None
+    if preset is None:
+        raise JetSpecError(f"--model {args.model} has no preset head to train: choose one of "
+                           f"{', '.join(name for name, p in PRESETS.items() if p.head)}")
+    head = dataclasses.replace(preset, dtype="float32", causal=causal)
+    config = settings(args, gamma)
+    target = pair.target_config
+    trainer = Trainer(target, head, pair.params.target, config, dataset.info.layers)
+    state = trainer.create_state(head_from_target(target, head, pair.params.target, jax.random.key(args.seed)))
+    for _, state, metrics in tqdm(trainer.train(state, Batches(dataset, config, args.held_out)),  # noqa: B007, B020
+                                  total=args.steps, desc=name):
+        pass
+    found = HeldOut(target, head, TREES, dataset.info.layers, held_out)(state.params, pair.params.target)
+    return {"run": name, "gamma": gamma, "causal": causal, "loss": float(metrics["loss"]), **found}
+
+
+def settings(args: argparse.Namespace, gamma: float) -> TrainConfig:
+    return TrainConfig(steps=args.steps, gamma=gamma, vocab_subset=args.vocab_subset, learning_rate=args.learning_rate,
+                       product_dtype=args.product_dtype, seed=args.seed, row_tokens=args.row_tokens)
+
+
+def held_out_of(args: argparse.Namespace, dataset: Dataset) -> list[Batch]:
+    return Batches(dataset, settings(args, 0.0), args.held_out).held_out_batches()
+
+
+def gamma(args: argparse.Namespace, pair: Pair, dataset: Dataset) -> list[dict[str, Any]]:
+    held_out = held_out_of(args, dataset)
+    rows = [train(args, pair, dataset, held_out, g, causal, f"{'causal' if causal else 'bidirectional'}, gamma {g:g}")
+            for g in args.gammas for causal in (True, False)]
+    plot_lines(args.out, "gamma.png", "gamma (0: uniform)", [
+        (f"{'causal' if causal else 'bidirectional'}, {name}", [r["gamma"] for r in rows if r["causal"] == causal],
+         [r[name] for r in rows if r["causal"] == causal])
+        for causal in (True, False) for name in ("accept_chain", "accept_accum_logp_64")])
+    return rows
+
+
+def foreign(args: argparse.Namespace, pair: Pair, dataset: Dataset) -> list[dict[str, Any]]:
+    if not args.foreign_dataset:
+        raise JetSpecError("the comparison needs --foreign-dataset (record one with generate_data.py --foreign)")
+    held_out = held_out_of(args, dataset)  # always the target's own answers: what decoding will meet
+    rows = [train(args, pair, data, held_out, args.gammas[0], True, name)
+            for name, data in (("own answers", dataset), ("foreign answers", Dataset(args.foreign_dataset)))]
+    names = [name for name in rows[0] if name.startswith("accept")]
+    plot_lines(args.out, "foreign.png", "tree", [(r["run"], names, [r[name] for name in names]) for r in rows])
+    return rows
+
+
+def faithfulness(args: argparse.Namespace, pair: Pair, dataset: Dataset) -> list[dict[str, Any]]:
+    """Per head: over held-out anchors, the head's log-probability of its arg-max chain less the target's."""
+    held_out, rows, curves = held_out_of(args, dataset), [], []
+    for name, path in (("causal", args.causal_head), ("bidirectional", args.bidirectional_head)):
+        if path is None:
+            raise JetSpecError(f"the comparison needs --{name}-head: train one with experiments/train_head.py")
+        loaded = load_pretrained(args.model, path)
+        head = loaded.head_config
+        if not isinstance(head, HeadConfig) or head.causal is not (name == "causal"):
+            raise JetSpecError(f"--{name}-head {path} holds no {name} parallel head")
+        gap = jax.jit(partial(branch_gaps, pair.target_config, head, dataset.info.layers))
+        gaps = np.concatenate([np.asarray(gap(loaded.params.head, pair.params.target, batch)) for batch in held_out])
+        gaps = gaps[np.isfinite(gaps)]
+        edges = (-np.inf, *BINS, np.inf)
+        share = {f"{'<' if i == 0 else '>='} {BINS[max(i - 1, 0)]:g}": float(np.mean((gaps >= low) & (gaps < high)))
+                 for i, (low, high) in enumerate(pairwise(edges))}
+        rows.append({"head": name, "branches": len(gaps), "median gap": float(np.median(gaps)),
+                     "mean gap": float(np.mean(gaps)), **share})
+        curves.append((name, np.sort(gaps).tolist(), np.linspace(0, 1, len(gaps)).tolist()))
+    plot_lines(args.out, "faithfulness.png", "log q(branch) - log p(branch)", curves, marker="")
+    return rows
+
+
+def branch_gaps(target: TargetConfig, head: HeadConfig, layers: tuple[int, ...], head_params: Any, target_params: Any,
+                batch: Batch) -> Array:
+    """log q - log p of the arg-max chain of every anchor, [B*A]; NaN for padding.
+
+    The target reads each branch after its own context: one row of the packed text up to the anchor, then the branch.
+    """
+    slots = block_slots(target, head, target_params, head_params, batch, layers, head.block_size)
+    depths = head.block_size - 1
+    row = jnp.asarray(batch.tokens)[0]
+    segment, position = jnp.asarray(batch.segment)[0], jnp.asarray(batch.position)[0]
+
+    def of_anchor(anchor: Array, hidden: Array, real: Array) -> Array:
+        log_q = jax.nn.log_softmax(target_logits(target, target_params, hidden), axis=-1)
+        chain = jnp.argmax(log_q, axis=-1).astype(jnp.int32)
+        own = jnp.sum(jnp.max(log_q, axis=-1))
+        # The anchor's sequence moved to the front, cut after the anchor, the branch appended.
+        start = anchor - position[anchor]
+        text = jnp.roll(row, -start)
+        places = jnp.arange(row.shape[0], dtype=jnp.int32)
+        offset = places - position[anchor] - 1
+        text = jnp.where((offset >= 0) & (offset < depths), chain[jnp.clip(offset, 0, depths - 1)], text)
+        out = target_forward(target, target_params, text[None], places[None], causal_bits(1, row.shape[0]),
+                             KVCache.create(target, 1, 1), jnp.zeros((1,), jnp.int32))
+        scored = out.hidden[0, position[anchor] + jnp.arange(depths, dtype=jnp.int32)]
+        log_p = jax.nn.log_softmax(target_logits(target, target_params, scored), axis=-1)
+        theirs = jnp.sum(jnp.take_along_axis(log_p, chain[:, None], axis=-1))
+        fits = real[-1] & (segment[anchor] > 0)
+        return jnp.where(fits, own - theirs, jnp.nan)
+
+    return jax.lax.map(lambda args: of_anchor(*args), (batch.anchor[0], slots.hidden[0], slots.real[0]))
+
+
+def plot_lines(folder: Path, name: str, label: str, lines: list[tuple[str, list, list]], marker: str = "o") -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for line, x, y in lines:
+        axis.plot(x, y, marker=marker, label=line)
+    axis.set(xlabel=label, ylabel="share of branches" if not marker else "accepted tokens a round")
+    axis.legend()
+    figure.savefig(folder / name, dpi=120)
+    plt.close(figure)
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    names = list(rows[0])
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for row in rows:
+        cells = (f"{row[n]:.3f}" if isinstance(row[n], float) else str(row[n]) for n in names)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("analysis", choices=("gamma", "foreign", "faithfulness"))
+    parser.add_argument("--dataset", type=Path, action="append", required=True, metavar="FOLDER")
+    parser.add_argument("--foreign-dataset", type=Path, action="append", metavar="FOLDER")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--model", default="smollm2-135m", metavar="NAME")
+    parser.add_argument("--causal-head", metavar="PATH")
+    parser.add_argument("--bidirectional-head", metavar="PATH")
+    parser.add_argument("--gammas", type=float, nargs="+", default=GAMMAS, help="default %(default)s")
+    parser.add_argument("--steps", type=int, default=400, help="of each training (default %(default)s)")
+    parser.add_argument("--held-out", type=int, default=48, help="sequences (default %(default)s)")
+    parser.add_argument("--row-tokens", type=int, default=512)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--vocab-subset", type=int, default=8192)
+    parser.add_argument("--product-dtype", choices=("bfloat16", "float32"))
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,1 @@
+"""Draft heads trained with this project, in the released file format; each folder has its model card."""

@@ -1,0 +1,126 @@
+"""Drafters other than the parallel head: what they propose, told independently, and that no token is lost to it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jetspec_jax import JetSpecError, PromptLookup, SamplingParams, TreeConfig
+from jetspec_jax.autoregressive import autoregressive_shapes
+from jetspec_jax.config import AutoregressiveHeadConfig
+from jetspec_jax.draft import Params
+from jetspec_jax.generate import generate
+from jetspec_jax.lookup import LookupDrafter
+from jetspec_jax.training.batches import Batches
+from jetspec_jax.training.evaluate import accepted_on
+from tests.models import PROGRAMS, random_pair, random_params, tiny_target
+from tests.test_training import LAYERS, PROMPTS, config_of, losses, record, trainer_of
+
+SAMPLING = [SamplingParams(), SamplingParams(0.9, top_p=0.8)]
+
+
+def naive_lookup(tokens, lookup):
+    """The longest run of last tokens that occurred before, at its latest place; what followed it."""
+    for size in range(min(lookup.ngram, len(tokens)), 0, -1):
+        for end in range(len(tokens) - 1, size - 1, -1):
+            if tokens[end - size:end] == tokens[-size:]:
+                return tokens[end:end + lookup.length]
+    return []
+
+
+@pytest.mark.parametrize("lookup", [PromptLookup(), PromptLookup(1, 3), PromptLookup(4, 20)])
+def test_lookup_finds_the_latest_longest_run(lookup):
+    rng = np.random.default_rng(0)
+    drafter = LookupDrafter(lookup)
+    propose = jax.jit(lambda tokens, position: drafter.propose(Params({}, {}), None, tokens, position)[0])
+    sequences = [rng.integers(0, vocab, size).tolist() for vocab in (2, 4, 30) for size in (1, 2, 3, 9, 20, 24)]
+    tokens = np.zeros((len(sequences), 24), np.int32)
+    for row, sequence in zip(tokens, sequences, strict=True):
+        row[:len(sequence)] = sequence
+    tree = propose(jnp.asarray(tokens), jnp.asarray([len(s) - 1 for s in sequences], jnp.int32))
+    found = 0
+    for b, sequence in enumerate(sequences):
+        expected = naive_lookup(sequence, lookup)
+        size = int(tree.size[b])
+        assert tree.token[b, :size].tolist() == [sequence[-1], *expected]
+        assert tree.parent[b, :size].tolist() == list(range(-1, size - 1))
+        found += bool(expected)
+    assert 0 < found < len(sequences)
+
+
+@pytest.mark.parametrize("sampling", SAMPLING)
+def test_lookup_is_lossless(sampling):
+    pair = random_pair(2, tiny_target(vocab_size=7))
+    options = {"max_new_tokens": 40, "sampling": sampling, "batch_size": 2}
+    prompts = [[1, 2, 3, 1, 2], [4], [5, 5, 5]]
+    drafted = generate(pair, prompts, tree=PromptLookup(), **options)
+    plain = generate(pair, prompts, tree=None, **options)
+    assert [a.token_ids for a in drafted] == [a.token_ids for a in plain]
+    assert sum(a.rounds for a in drafted) < sum(a.rounds for a in plain)
+
+
+@pytest.mark.parametrize(("ngram", "length"), [(0, 3), (3, 0), (17, 3), (2.5, 3)])
+def test_lookups_that_make_no_sense(ngram, length):
+    with pytest.raises(JetSpecError, match=r"ngram|length"):
+        PromptLookup(ngram, length)
+
+
+def autoregressive_pair(seed=0, dtype="float64", **changes):
+    target = tiny_target(dtype=dtype)
+    fields = {"vocab_size": 23, "hidden_size": 16, "intermediate_size": 20, "num_layers": 1, "num_heads": 2,
+              "num_kv_heads": 1, "head_dim": 8, "dtype": dtype, "block_size": 5, "target_layer_ids": (0, 1),
+              "num_target_layers": 2}
+    head = AutoregressiveHeadConfig(**{**fields, **changes})
+    pair = random_pair(seed, target)
+    params = random_params(autoregressive_shapes(head), np.random.default_rng(seed))
+    return dataclasses.replace(pair, head_config=head, params=Params(pair.params.target, params), programs=PROGRAMS)
+
+
+@pytest.mark.parametrize("tree", [TreeConfig(width=3, budget=9), TreeConfig("chain", 1, 5), TreeConfig(width=2)])
+@pytest.mark.parametrize("sampling", SAMPLING)
+def test_autoregressive_drafts_are_lossless(tree, sampling):
+    pair = autoregressive_pair(4, num_layers=2)
+    options = {"max_new_tokens": 25, "sampling": sampling, "batch_size": 2}
+    drafted = generate(pair, PROMPTS, tree=tree, **options)
+    plain = generate(pair, PROMPTS, tree=None, **options)
+    assert [a.token_ids for a in drafted] == [a.token_ids for a in plain]
+
+
+@pytest.mark.parametrize("tree", [TreeConfig("chain"), TreeConfig(width=3, budget=12)])
+def test_autoregressive_training_sees_what_drafting_sees(tmp_path, tree):
+    """Real rounds of a chain accept exactly what the unrolled passes of training foretell."""
+    pair = autoregressive_pair(1, dtype="float32", block_size=5)
+    dataset = record(pair, tmp_path / "d", tokens=30)
+    # A few steps, so that something is accepted.
+    trainer = trainer_of(pair, config_of(steps=60, anchors=40, learning_rate=1e-2))
+    found, state = losses(trainer, trainer.create_state(pair.params.head), Batches(dataset, trainer.config))
+    assert found[-1] < found[0] / 2
+    pair = dataclasses.replace(pair, params=Params(pair.params.target, state.params))
+    prompt = PROMPTS[1]
+    run = generate(pair, prompt, tree=tree, max_new_tokens=30, eos_token_ids=())
+    assert max(run.accept_lengths) > 2
+    if tree.builder != "chain":
+        return
+    i = next(i for i in range(len(dataset)) if dataset.tokens(i)[:len(prompt)].tolist() == prompt)
+    places = len(prompt) + np.cumsum([0, *run.accept_lengths])[:-1]
+    inside = [k for k, place in enumerate(places) if place + 5 <= len(dataset.tokens(i)) - 1]
+    batch = Batches(dataset, config_of(anchors=len(inside))).assemble([[i]], np.random.default_rng(0))
+    batch = batch.replace(anchor=places[inside][None].astype(np.int32), anchor_real=np.ones((1, len(inside)), bool))
+    foretold = accepted_on(pair.target_config, pair.head_config, (tree,), LAYERS, pair.params.head,
+                           pair.params.target, jax.device_put(batch))
+    assert foretold.tolist() == [sum(run.accept_lengths[k] for k in inside), len(inside)]
+
+
+def test_a_trained_autoregressive_head_is_saved_and_loaded(tmp_path):
+    from jetspec_jax import checkpoint
+
+    pair = autoregressive_pair(1, dtype="float32")
+    with checkpoint.written_beside(tmp_path / "head") as folder:
+        checkpoint.save(folder, pair.head_config, pair.params.head, source="test")
+    config, params = checkpoint.load(tmp_path / "head")
+    assert config == pair.head_config
+    jax.tree.map(np.testing.assert_array_equal, params, pair.params.head)
