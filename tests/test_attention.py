@@ -30,7 +30,7 @@ def dense(q, new_k, new_v, mask, cache_k, cache_v, layer, cached):
     (1, 1, 1, 4, 2, 16, [7]), (3, 5, 5, 6, 2, 40, [0, 40, 13]), (2, 4, 40, 3, 3, 37, [36, 1]),
     (2, 33, 33, 2, 1, 64, [64, 0]), (1, 3, 3, 1, 1, 1, [1])])
 def test_equals_dense_attention(monkeypatch, batch, queries, new, heads, kv_heads, slots, cached):
-    monkeypatch.setattr(reference, "BLOCK", 16)  # several blocks, the last one odd-sized
+    monkeypatch.setattr(reference, "block_size", lambda *shape: 16)  # several blocks, the last one odd-sized
     rng = np.random.default_rng(0)
     q = rng.standard_normal((batch, queries, heads, 8))
     new_k, new_v = rng.standard_normal((2, batch, new, kv_heads, 8))
@@ -41,6 +41,12 @@ def test_equals_dense_attention(monkeypatch, batch, queries, new, heads, kv_head
     out = tree_attention(*args, pack_bits(jnp.asarray(mask)), jnp.asarray(cache_k), jnp.asarray(cache_v), 1,
                          jnp.asarray(cached, jnp.int32))
     np.testing.assert_allclose(out, dense(q, new_k, new_v, mask, cache_k, cache_v, 1, cached), atol=1e-12)
+
+
+@pytest.mark.parametrize(("shape", "block"), [((1, 3, 64), 512), ((8, 3, 64), 256), ((64, 3, 64), 32),
+                                              ((1000, 8, 128), 32), ((1, 8, 1024), 64)])
+def test_blocks_shrink_as_batches_grow(shape, block):
+    assert reference.block_size(*shape) == block
 
 
 def test_slots_beyond_cached_are_never_read():

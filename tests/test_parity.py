@@ -12,7 +12,7 @@ from jetspec_jax import TreeConfig, load_pretrained
 from jetspec_jax.attention import causal_bits
 from jetspec_jax.cache import KVCache
 from jetspec_jax.generate import generate
-from jetspec_jax.pretrained import cache_folder
+from jetspec_jax.pretrained import HEADS, cache_folder
 from jetspec_jax.target import target_forward, target_logits
 
 torch = pytest.importorskip("torch", reason="extra `parity` is not installed")
@@ -156,7 +156,24 @@ def test_smollm2_knows_the_capital_of_france_by_tree(smollm2):
     plain = generate(smollm2, "The capital of France is", max_new_tokens=12, tree=None)
     assert "Paris" in out.text
     assert out.token_ids == plain.token_ids
-    assert smollm2.head_is_trained is False
+
+
+def test_the_shipped_head_gains_tokens(smollm2):
+    """On a prompt of our own; the tokens stay the plain ones."""
+    prompt = smollm2.chat("Tom has 4 red balls and buys 7 blue balls for 3 dollars each. How much does he pay?")
+    out = generate(smollm2, prompt, max_new_tokens=48)
+    assert sum(out.accept_lengths) / out.rounds > 1.8
+    assert out.token_ids == generate(smollm2, prompt, max_new_tokens=48, tree=None).token_ids
+
+
+def test_the_shipped_head_survives_conversion_and_export(tmp_path):
+    from converters.cli import main
+    shipped = HEADS / "smollm2-135m"
+    assert main(["head", str(shipped), str(tmp_path / "converted")]) == 0
+    assert main(["export-head", str(tmp_path / "converted"), str(tmp_path / "again")]) == 0
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (shipped / name).read_bytes()
+    assert (shipped / "model.safetensors").stat().st_size < 40e6
 
 
 def test_a_hugging_face_folder_with_tokenizer_loads_as_it_is(tmp_path, smollm2):

@@ -22,14 +22,14 @@ ANCHORS_AT_ONCE = 16
 
 def accepted_on(target: TargetConfig, head: DrafterConfig, trees: tuple[TreeConfig, ...], layers: tuple[int, ...],
                 head_params: Any, target_params: Any, batch: Batch) -> Array:
-    """Accepted tokens (the free one included) summed over all anchors of a batch, per tree; then the anchors.
+    """Accepted tokens (the free one included) of every anchor of a batch, per tree.
 
     A recorded answer is what the target says, so the branch that follows the text is the accepted one: exactly what a
     greedy round from that anchor would accept, if the text is greedy. Anchors whose block runs past the end of their
     answer count what is left of it.
 
     Returns:
-        float32 [trees + 1].
+        int32 [trees, B, A]; 0 where the anchor is padding.
     """
     slots = block_slots(target, head, target_params, head_params, batch, layers, head.block_size)
     rows, anchors, depths = slots.label.shape
@@ -55,8 +55,7 @@ def accepted_on(target: TargetConfig, head: DrafterConfig, trees: tuple[TreeConf
     split = [jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)).reshape(-1, size, *x.shape[1:])
              for x in (hidden, anchor.reshape(-1), text.reshape(rows * anchors, depths))]
     counts = lax.map(chunk, tuple(split)).transpose(1, 0, 2).reshape(len(trees), -1)[:, :rows * anchors]
-    real = batch.anchor_real.reshape(-1)
-    return jnp.append(jnp.sum(jnp.where(real, counts, 0), axis=1), jnp.sum(real)).astype(jnp.float32)
+    return jnp.where(batch.anchor_real[None], counts.reshape(len(trees), rows, anchors), 0)
 
 
 class HeldOut:
@@ -69,8 +68,8 @@ class HeldOut:
 
     def __call__(self, head_params: Any, target_params: Any) -> dict[str, float]:
         """{"accept_chain": ..., "accept_accum_logp_64": ...}."""
-        total = np.sum([self._run(head_params, target_params, batch) for batch in self.batches], axis=0)
-        return {name_of(tree): float(sums / total[-1]) for tree, sums in zip(self.trees, total, strict=False)}
+        counts = np.concatenate([self._run(head_params, target_params, batch) for batch in self.batches], axis=1)
+        return {name_of(tree): float(mine[mine > 0].mean()) for tree, mine in zip(self.trees, counts, strict=True)}
 
 
 def name_of(tree: TreeConfig) -> str:

@@ -1,0 +1,60 @@
+"""Block sizes of the tree-attention kernels, and which shapes they take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Multiprocessors of an H100 SXM: enough blocks for all of them is what splitting over keys is for.
+PROCESSORS = 132
+WORD = 32  # columns of new tokens met at a time: one word of ancestor bits per row
+
+
+@dataclass(frozen=True)
+class TreeAttentionConfig:
+    """How the work is cut.
+
+    Args:
+        nodes: tree nodes (queries) per block; with the padded group they make the rows of its products.
+        keys: cache slots per step.
+        splits: blocks that share the committed keys of one row block; their partial results are combined.
+        warps, stages: of Triton.
+    """
+
+    nodes: int
+    keys: int
+    splits: int
+    warps: int
+    stages: int
+
+
+def padded(size: int) -> int:
+    """The next power of two."""
+    return 1 << (size - 1).bit_length()
+
+
+def choose_config(batch: int, queries: int, heads: int, kv_heads: int, width: int,
+                  slots: int) -> TreeAttentionConfig:
+    """The heuristic for a shape.
+
+    Rows fill the 64 (or 128) lines of a tensor-core product where there are enough; keys are split until every
+    multiprocessor has a block, but into no more than pieces of 256 slots.
+
+    Raises:
+        NotImplementedError: a shape that the kernels do not take; the message says why.
+    """
+    group = padded(heads // kv_heads)
+    if width & (width - 1) or not 8 <= width <= 256:
+        raise NotImplementedError(f"head dimension {width} is not a power of two from 8 to 256")
+    keys = 64
+    while slots % keys:
+        keys //= 2
+    if keys < 16:
+        raise NotImplementedError(f"{slots} cache slots are not a multiple of 16")
+    rows = min(128, max(16, padded(queries * group)))
+    nodes = max(1, rows // group)
+    blocks = batch * kv_heads * -(-queries // nodes)
+    splits = 1
+    while blocks * splits * 2 <= PROCESSORS and slots // (splits * 2) >= 256:
+        splits *= 2
+    return TreeAttentionConfig(nodes=nodes, keys=keys, splits=splits, warps=8 if nodes * group >= 128 else 4,
+                               stages=2 if nodes * group >= 128 else 3)
