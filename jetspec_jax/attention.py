@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from jetspec_jax.cache import KVCache
+from jetspec_jax.config import AttentionBackend
+from pallas_kernels.tree_attention import pallas, reference
 from pallas_kernels.tree_attention.bits import pack_bits, unpack_bits
-from pallas_kernels.tree_attention.reference import tree_attention
 
 __all__ = ["Attend", "attend", "attend_with", "causal_bits", "pack_bits", "unpack_bits"]
 
@@ -18,7 +21,8 @@ __all__ = ["Attend", "attend", "attend_with", "causal_bits", "pack_bits", "unpac
 Attend = Callable[[Array, Array, Array, int], Array]  # (q, new k, new v, layer) -> attended
 
 
-def attend(q: Array, new_k: Array, new_v: Array, visible: Array, cache: KVCache, layer: int, cached: Array) -> Array:
+def attend(q: Array, new_k: Array, new_v: Array, visible: Array, cache: KVCache, layer: int, cached: Array,
+           backend: AttentionBackend = "auto") -> Array:
     """Queries see the first `cached[b]` cache slots and those of the M new tokens that their bits allow.
 
     Args:
@@ -28,17 +32,39 @@ def attend(q: Array, new_k: Array, new_v: Array, visible: Array, cache: KVCache,
         cache: committed keys and values of all layers.
         layer: which layer of the cache.
         cached: int32 [B].
+        backend: "auto" takes the kernel on an NVIDIA GPU and the reference elsewhere.
 
     Returns:
         [B, N, H, C].
     """
     with jax.named_scope("attend"):
-        return tree_attention(q, new_k, new_v, visible, cache.k, cache.v, layer, cached)
+        return _BACKENDS[backend](q, new_k, new_v, visible, cache.k, cache.v, jnp.int32(layer), cached)
 
 
-def attend_with(visible: Array, cache: KVCache, cached: Array) -> Attend:
+def attend_with(visible: Array, cache: KVCache, cached: Array, backend: AttentionBackend) -> Attend:
     """`attend` with everything but queries, new keys, new values and layer filled in: what a model's layers share."""
-    return lambda q, new_k, new_v, layer: attend(q, new_k, new_v, visible, cache, layer, cached)
+    return lambda q, new_k, new_v, layer: attend(q, new_k, new_v, visible, cache, layer, cached, backend)
+
+
+def _by_platform(*arguments: Array) -> Array:
+    """Decided when the program is lowered, so that a GPU program compiled elsewhere has the kernel too."""
+    output: Array = lax.platform_dependent(*arguments, cuda=_kernel_or_reference, default=reference.tree_attention)
+    return output
+
+
+@jax.jit  # traced once for all layers
+def _kernel_or_reference(*arguments: Array) -> Array:
+    try:
+        return pallas.tree_attention(*arguments)
+    except NotImplementedError as reason:
+        if jax.default_backend() == "gpu":
+            warnings.warn(f"attention runs without its kernel, slowly: the kernel does not take {reason}", stacklevel=2)
+        return reference.tree_attention(*arguments)
+
+
+_BACKENDS: dict[AttentionBackend, Callable[..., Array]] = {
+    "auto": _by_platform, "reference": reference.tree_attention, "pallas": pallas.tree_attention,
+    "pallas_interpret": partial(pallas.tree_attention, interpret=True)}
 
 
 def causal_bits(batch: int, size: int) -> Array:

@@ -67,7 +67,7 @@ class DraftHead(nn.Module):
         positions = jnp.concatenate([cached[:, None] + jnp.arange(extra, dtype=jnp.int32)[None, :],
                                      anchor_position[:, None] + jnp.arange(size, dtype=jnp.int32)[None, :]], axis=1)
         visible = block_visibility(size, extra, pending_count, self.config.causal)
-        return self.run(block, pending, positions, attend_with(visible, cache, cached))
+        return self.run(block, pending, positions, attend_with(visible, cache, cached, self.config.attention))
 
     def run(self, block: Array, tapped: Array, positions: Array, attend: Attend) -> HeadOutput:
         """The layers over any rows; training runs many blocks of one sequence at once through it.

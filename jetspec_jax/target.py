@@ -59,7 +59,7 @@ class Target(nn.Module):
         """
         c = self.config
         cos, sin = rotary_tables(positions, c.head_dim, c.rope_theta, c.jnp_dtype)
-        context = AttentionContext(cos, sin, attend_with(visible, cache, cached))
+        context = AttentionContext(cos, sin, attend_with(visible, cache, cached, c.attention))
         x = self.embed(tokens)
         keys, values, outputs = [], [], {}
         for i, layer in enumerate(self.layers):

@@ -95,3 +95,18 @@ def test_whole_runs(pairs, name, case):
         assert out.token_ids == run["token_ids"]
         assert out.accept_lengths == run["accept_lengths"]
         assert out.tree_sizes == run["tree_sizes"]
+
+
+@pytest.mark.parametrize("name", ["dense", "tied_bidirectional"])
+def test_whole_runs_with_the_kernel_interpreted(pairs, name):
+    """Prompt, drafts and trees through the GPU kernel give the reference's tokens and accepted lengths."""
+    prompt = recorded(name, 0)[0]["prompt"].tolist()
+    runs = []
+    for backend in ("reference", "pallas_interpret"):
+        pair = dataclasses.replace(
+            pairs[name], target_config=dataclasses.replace(pairs[name].target_config, attention=backend),
+            head_config=dataclasses.replace(pairs[name].head_config, attention=backend))
+        run = generate(pair, prompt, max_new_tokens=24, tree=TreeConfig(budget=20))
+        runs.append((run.token_ids, run.accept_lengths))
+    assert runs[0] == runs[1]
+    assert max(runs[0][1]) > 1

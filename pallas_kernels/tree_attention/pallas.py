@@ -42,10 +42,11 @@ def tree_attention(q: Array, new_k: Array, new_v: Array, visible: Array, cache_k
     config = config or choose_config(batch, queries, heads, kv_heads, width, slots)
     group = heads // kv_heads
     wide = padded(group)
-    rows = _pad(q.reshape(batch, queries, kv_heads, group, width), {1: config.nodes, 3: wide})
-    bits = _pad(lax.bitcast_convert_type(visible, jnp.int32), {1: config.nodes})
-    new_k, new_v = _pad(new_k, {1: WORD}), _pad(new_v, {1: WORD})
-    blocks = rows.shape[1] // config.nodes
+    # A lone query and a lone new token are repeated in registers; other sizes are padded to whole blocks.
+    rows = _pad(q.reshape(batch, queries, kv_heads, group, width), {1: config.nodes if queries > 1 else 1, 3: wide})
+    bits = _pad(lax.bitcast_convert_type(visible, jnp.int32), {1: config.nodes if queries > 1 else 1})
+    new_k, new_v = (_pad(x, {1: WORD if new > 1 else 1}) for x in (new_k, new_v))
+    blocks = -(-queries // config.nodes)
     lines = config.nodes * wide  # rows of one product
     whole = pl.BlockSpec(memory_space=pl.ANY)
     partials = (batch * kv_heads, config.splits, blocks * lines)
@@ -91,20 +92,21 @@ def _kernel(
     b, head = lax.div(which, jnp.int32(kv_heads)), lax.rem(which, jnp.int32(kv_heads))
     nodes, group, width = config.nodes, q_ref.shape[3], q_ref.shape[4]
     lines = nodes * group
-    here = (pl.ds(b, 1), pl.ds(block * nodes, nodes), pl.ds(head, 1), slice(None), slice(None))
-    q = q_ref[here].reshape(lines, width)
+    stored = min(nodes, q_ref.shape[1])  # nodes in memory: all of the block, or the only one
+    here = (pl.ds(b, 1), pl.ds(block * nodes, stored), pl.ds(head, 1), slice(None), slice(None))
+    q = jnp.broadcast_to(q_ref[here].reshape(stored, group, width), (nodes, group, width)).reshape(lines, width)
     layer, cached = layer_ref[0], cached_ref[b]
     scale = jnp.float32(width**-0.5 * LOG2_E)
 
     def meet(k, v, mask, carry):
         """Adds keys [X, C] and values [X, C] under mask [lines or 1, X] to the running softmax."""
         total, norm, peak = carry
-        scores = pl.dot(q, k, trans_b=True, precision=_precision(q)) * scale
+        scores = pltriton.dot(q, k, trans_b=True, precision=_precision(q)) * scale
         scores = jnp.where(mask, scores, LOWEST)
         new_peak = jnp.maximum(peak, jnp.max(scores, axis=1))
         weights = jnp.where(mask, jnp.exp2(scores - new_peak[:, None]), 0.0)
         decay = jnp.exp2(peak - new_peak)
-        total = total * decay[:, None] + pl.dot(weights.astype(v.dtype), v, precision=_precision(q))
+        total = total * decay[:, None] + pltriton.dot(weights.astype(v.dtype), v, precision=_precision(q))
         return total, norm * decay + jnp.sum(weights, axis=1), new_peak
 
     def committed(i, carry):
@@ -114,11 +116,13 @@ def _kernel(
                     slot < cached, carry)
 
     def fresh(j, carry):
-        at = (pl.ds(b, 1), pl.ds(j * WORD, WORD), pl.ds(head, 1), slice(None))
-        word = bits_ref[pl.ds(b, 1), pl.ds(block * nodes, nodes), pl.ds(j, 1)].reshape(nodes, 1, 1)
+        columns = min(WORD, k_ref.shape[1])
+        at = (pl.ds(b, 1), pl.ds(j * WORD, columns), pl.ds(head, 1), slice(None))
+        k, v = (jnp.broadcast_to(ref[at].reshape(columns, width), (WORD, width)) for ref in (k_ref, v_ref))
+        word = bits_ref[pl.ds(b, 1), pl.ds(block * nodes, stored), pl.ds(j, 1)].reshape(stored, 1, 1)
         column = lax.broadcasted_iota(jnp.int32, (nodes, group, WORD), 2)
         mask = (lax.shift_right_logical(jnp.broadcast_to(word, column.shape), column) & 1).reshape(lines, WORD) == 1
-        return meet(k_ref[at].reshape(WORD, width), v_ref[at].reshape(WORD, width), mask, carry)
+        return meet(k, v, mask, carry)
 
     carry = (jnp.zeros((lines, width), jnp.float32), jnp.zeros((lines,), jnp.float32),
              jnp.full((lines,), LOWEST, jnp.float32))
@@ -130,8 +134,7 @@ def _kernel(
     last = lax.convert_element_type(split == config.splits - 1, jnp.int32)
     total, norm, peak = lax.fori_loop(jnp.int32(0), last * jnp.int32(words), fresh, carry)
     if config.splits == 1:
-        out = total / jnp.where(norm > 0, norm, 1.0)[:, None]
-        out_refs[0][here] = out.astype(out_refs[0].dtype).reshape(1, nodes, 1, group, width)
+        out_refs[0][here] = _finish(total, norm, stored, nodes, group, out_refs[0].dtype)
     else:
         at = (pl.ds(which, 1), pl.ds(split, 1), pl.ds(block * lines, lines))
         out_refs[0][(*at, slice(None))] = total.reshape(1, 1, lines, width)
@@ -159,9 +162,17 @@ def _combine(
         decay, weight = jnp.exp2(peak - new_peak), jnp.exp2(theirs - new_peak)
         total = total * decay[:, None] + total_ref[(*at, slice(None))].reshape(lines, width) * weight[:, None]
         norm, peak = norm * decay + norm_ref[at].reshape(lines) * weight, new_peak
-    out = total / jnp.where(norm > 0, norm, 1.0)[:, None]
-    out_ref[pl.ds(b, 1), pl.ds(block * nodes, nodes), pl.ds(head, 1), :, :] = out.astype(out_ref.dtype).reshape(
-        1, nodes, 1, group, width)
+    stored = min(nodes, out_ref.shape[1])
+    here = (pl.ds(b, 1), pl.ds(block * nodes, stored), pl.ds(head, 1), slice(None), slice(None))
+    out_ref[here] = _finish(total, norm, stored, nodes, group, out_ref.dtype)
+
+
+def _finish(total, norm, stored: int, nodes: int, group: int, dtype):
+    """The rows' results [1, stored, 1, g, C]; rows that see nothing get zeros."""
+    out = (total / jnp.where(norm > 0, norm, 1.0)[:, None]).reshape(nodes, group, total.shape[1])
+    if stored < nodes:  # a lone query, repeated: its copies are equal
+        out = jnp.max(out, axis=0)
+    return out.astype(dtype).reshape(1, stored, 1, group, total.shape[1])
 
 
 def _precision(x: Array) -> lax.Precision | None:

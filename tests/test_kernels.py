@@ -1,0 +1,138 @@
+"""Every kernel and backend against its reference, interpreted on the CPU."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jetspec_jax import TreeConfig
+from jetspec_jax.attention import causal_bits, pack_bits
+from jetspec_jax.tree import build_tree
+from pallas_kernels.tree_attention import pallas, reference
+from pallas_kernels.tree_attention.config import TreeAttentionConfig, choose_config
+
+TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}
+
+
+def random_tree(rng, batch, nodes):
+    """Ancestor bits of random trees, node 0 the root."""
+    mask = np.zeros((batch, nodes, nodes), bool)
+    for b in range(batch):
+        for n in range(nodes):
+            mask[b, n, n] = True
+            if n:
+                mask[b, n] |= mask[b, rng.integers(0, n)]
+    return mask
+
+
+def star(nodes):
+    return np.eye(nodes, dtype=bool) | (np.arange(nodes) == 0)[None, :]
+
+
+def inputs(rng, dtype, mask, heads, kv_heads, width, slots, cached, layers=2):
+    batch, queries, new = mask.shape
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)  # noqa: E731
+    return (draw(batch, queries, heads, width), draw(batch, new, kv_heads, width), draw(batch, new, kv_heads, width),
+            pack_bits(jnp.asarray(mask)), draw(layers, batch, kv_heads, slots, width),
+            draw(layers, batch, kv_heads, slots, width), jnp.int32(1), jnp.asarray(cached, jnp.int32))
+
+
+def compare(arguments, dtype, config=None):
+    with jax.numpy_rank_promotion("allow"):
+        found = pallas.tree_attention(*arguments, config=config, interpret=True)
+        again = pallas.tree_attention(*arguments, config=config, interpret=True)
+    expected = reference.tree_attention(*arguments)
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(again, np.float32))
+    np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(expected, np.float32), atol=TOLERANCE[dtype])
+
+
+CASES = {
+    # mask [B, N, M], heads, kv_heads, width, slots, cached
+    "plain decoding": (np.ones((1, 1, 1), bool), 4, 2, 16, 64, [40]),
+    "plain, ragged batch, one empty prefix": (np.ones((3, 1, 1), bool), 8, 1, 32, 128, [0, 128, 17]),
+    "chain": (np.tril(np.ones((2, 8, 8), bool)), 4, 4, 16, 64, [3, 64]),
+    "star": (np.broadcast_to(star(33), (2, 33, 33)), 2, 1, 16, 96, [96, 1]),
+    "bidirectional block over pending rows": (np.ones((1, 16, 32), bool), 4, 2, 32, 64, [30]),
+    "one query over many": (np.ones((2, 1, 40), bool), 6, 2, 16, 48, [9, 0]),
+    "groups of three": (np.tril(np.ones((1, 5, 5), bool)), 9, 3, 64, 64, [33]),
+    "groups of five": (np.tril(np.ones((1, 6, 6), bool)), 10, 2, 16, 32, [32]),
+    "groups of seven": (np.tril(np.ones((2, 3, 3), bool)), 7, 1, 8, 16, [16, 2]),
+    "prompt chunk": (np.tril(np.ones((1, 128, 128), bool)), 4, 2, 64, 128, [128]),
+}
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("name", list(CASES))
+def test_tree_attention(name, dtype):
+    mask, *rest = CASES[name]
+    compare(inputs(np.random.default_rng(0), dtype, mask, *rest), dtype)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4, 8])
+def test_random_trees_of_every_group(heads):
+    rng = np.random.default_rng(heads)
+    compare(inputs(rng, jnp.float32, random_tree(rng, 2, 21), heads, 1, 16, 64, [50, 13]), jnp.float32)
+
+
+def test_a_real_tree_with_padding_nodes():
+    """Padding nodes see themselves alone."""
+    logp = jnp.log(jnp.asarray(np.random.default_rng(0).dirichlet(np.ones(4), (1, 3)), jnp.float32))
+    tree = build_tree(TreeConfig(width=2, budget=40), jnp.asarray([1], jnp.int32),
+                      jnp.broadcast_to(jnp.arange(2, dtype=jnp.int32), (1, 3, 2)), logp[..., :2])
+    assert int(tree.size[0]) == tree.token.shape[1]
+    mask = np.asarray(jax.jit(lambda: tree.ancestors)())
+    mask = (mask[0][:, :, None] >> np.arange(32)) & 1
+    mask = mask.reshape(mask.shape[0], -1)[None, :, :mask.shape[0]].astype(bool)
+    compare(inputs(np.random.default_rng(1), jnp.float32, mask, 4, 2, 16, 64, [20]), jnp.float32)
+
+
+def test_rows_that_see_nothing_are_zero():
+    mask = np.zeros((1, 4, 4), bool)
+    arguments = inputs(np.random.default_rng(0), jnp.float32, mask, 2, 1, 16, 32, [0])
+    with jax.numpy_rank_promotion("allow"):
+        assert not np.asarray(pallas.tree_attention(*arguments, interpret=True)).any()
+
+
+@pytest.mark.parametrize("splits", [2, 4, 8])
+@pytest.mark.parametrize("cached", [0, 1, 31, 32, 100, 256])
+def test_split_keys_are_combined(splits, cached):
+    """Also where some splits have nothing to do, and in a cache filled to its last slot."""
+    rng = np.random.default_rng(splits)
+    config = TreeAttentionConfig(nodes=8, keys=16, splits=splits, warps=4, stages=2)
+    compare(inputs(rng, jnp.float32, random_tree(rng, 2, 19), 4, 2, 16, 256, [cached, 77]), jnp.float32, config)
+
+
+def test_slots_beyond_the_prefix_are_not_read():
+    arguments = list(inputs(np.random.default_rng(0), jnp.float32, np.ones((1, 1, 1), bool), 2, 1, 16, 64, [16]))
+    expected = reference.tree_attention(*arguments)
+    config = TreeAttentionConfig(nodes=8, keys=16, splits=2, warps=4, stages=2)
+    for side in (4, 5):
+        arguments[side] = arguments[side].at[:, :, :, 16:].set(np.nan)
+    with jax.numpy_rank_promotion("allow"):
+        found = pallas.tree_attention(*arguments, config=config, interpret=True)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_the_heuristic_keeps_an_h100_busy():
+    """Blocks launched for Qwen3-8B, batch 1: at least 100 for 132 multiprocessors, rows of 16 to 128."""
+    for queries in (1, 16, 64, 128, 256):
+        config = choose_config(1, queries, 32, 8, 128, 4096)
+        blocks = 8 * -(-queries // config.nodes) * config.splits
+        assert 100 <= blocks <= 132
+        assert 16 <= config.nodes * 4 <= 128
+    assert choose_config(16, 64, 32, 8, 128, 4096).splits == 1
+
+
+@pytest.mark.parametrize(("width", "slots", "reason"), [(96, 64, "head dimension 96"), (64, 40, "40 cache slots")])
+def test_shapes_that_are_not_taken(width, slots, reason):
+    with pytest.raises(NotImplementedError, match=reason):
+        choose_config(1, 4, 4, 2, width, slots)
+
+
+def test_float64_is_not_taken():
+    q = jnp.zeros((1, 1, 1, 16))
+    with pytest.raises(NotImplementedError, match="float64"):
+        pallas.tree_attention(q, q, q, causal_bits(1, 1), q[None], q[None], 0, jnp.zeros((1,), jnp.int32))
