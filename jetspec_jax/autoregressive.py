@@ -17,7 +17,7 @@ from jax import Array, lax
 
 from jetspec_jax.attention import Attend, attend, attend_with, pack_bits
 from jetspec_jax.cache import KVCache
-from jetspec_jax.config import AttentionBackend, AutoregressiveHeadConfig, TargetConfig, TreeConfig
+from jetspec_jax.config import AutoregressiveHeadConfig, KernelBackend, TargetConfig, TreeConfig
 from jetspec_jax.draft import Params, Prompt, top_logp
 from jetspec_jax.layers import AttentionContext, DecoderLayer, RMSNorm, dense, rotary_tables
 from jetspec_jax.target import target_embed, target_logits
@@ -47,11 +47,11 @@ class AutoregressiveHead(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.fc = dense(c, c.hidden_size)
-        self.token_norm = RMSNorm(c.rms_norm_eps, c.jnp_dtype)
-        self.feature_norm = RMSNorm(c.rms_norm_eps, c.jnp_dtype)
+        self.token_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, c.jnp_dtype)
+        self.feature_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, c.jnp_dtype)
         self.join = dense(c, c.hidden_size)
         self.layers = [DecoderLayer(c) for _ in range(c.num_layers)]
-        self.norm = RMSNorm(c.rms_norm_eps, c.jnp_dtype)
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, c.jnp_dtype)
 
     def fuse(self, tapped: Array) -> Array:
         """Tapped states [B, N, T*D] -> features [B, N, D]."""
@@ -97,7 +97,7 @@ def init_autoregressive(config: AutoregressiveHeadConfig, key: Array) -> dict:
         row = jnp.zeros((1, 1, config.hidden_size), config.jnp_dtype)
         tapped = jnp.zeros((1, 1, len(config.target_layer_ids) * config.hidden_size), config.jnp_dtype)
         seen = attend_with(jnp.ones((1, 1, 1), jnp.uint32), KVCache.create(config, 1, 1), jnp.zeros((1,), jnp.int32),
-                           config.attention)
+                           config.kernels)
 
         def all_of(module: AutoregressiveHead) -> Array:
             return module(row, module.fuse(tapped), jnp.zeros((1, 1), jnp.int32), seen).hidden
@@ -175,7 +175,7 @@ class AutoregressiveDrafter:
                                    (batch, rows, -(-rows // 32)))
         cached = jnp.broadcast_to(start, (batch,))
         out = self._run(params, tokens, fuse_features(self.head, params.head, tapped.astype(self.head.jnp_dtype)),
-                        positions, attend_with(visible, state.cache, cached, self.head.attention))
+                        positions, attend_with(visible, state.cache, cached, self.head.kernels))
         last = jnp.clip(prompt.length - 1 - start, 0, rows - 1)
         here = (prompt.length > start) & (prompt.length <= start + rows)
         state_of_last = jnp.take_along_axis(tapped, last[:, None, None], axis=1)
@@ -217,7 +217,7 @@ class AutoregressiveDrafter:
                                    (batch, rows, -(-rows // 32)))
         cached = jnp.maximum(position - state.pending_count, 0)
         fused = fuse_features(self.head, params.head, state.pending.astype(self.head.jnp_dtype))
-        out = self._run(params, near, fused, places, attend_with(visible, state.cache, cached, self.head.attention))
+        out = self._run(params, near, fused, places, attend_with(visible, state.cache, cached, self.head.kernels))
         at = jnp.maximum(state.pending_count - 1, 0)[:, None, None]
         hidden, feature = (jnp.take_along_axis(x, at, axis=1) for x in (out.hidden, out.feature))
         best, logp = self._score(params, hidden)  # [B, 1, W]
@@ -241,7 +241,7 @@ class AutoregressiveDrafter:
             itself = jnp.broadcast_to(jnp.eye(width, dtype=bool)[None], (batch, width, width))
             seen = jnp.concatenate([ancestors, itself], axis=-1)
             out = self._run(params, token, feature, position[:, None] + jnp.full((batch, width), depth, jnp.int32),
-                            _attend_levels(past, pack_bits(seen), cache, position, self.head.attention))
+                            _attend_levels(past, pack_bits(seen), cache, position, self.head.kernels))
             past.append((out.k, out.v))
             best, logp = self._score(params, out.hidden)  # [B, W, W]
             total = (score[..., None] + logp).reshape(batch, -1)
@@ -286,7 +286,7 @@ class AutoregressiveDrafter:
 
 
 def _attend_levels(past: list[tuple[Array, Array]], visible: Array, cache: KVCache, position: Array,
-                   backend: AttentionBackend) -> Attend:
+                   backend: KernelBackend) -> Attend:
     """Attention of one level over the committed rows, those of earlier levels, and its own.
 
     Rows 1..position are in the cache, in slots 0..position-1.

@@ -15,7 +15,7 @@ MAX_TREE_WIDTH = 16
 MAX_TREE_BUDGET = 1024
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 Builder = Literal["accum_logp", "best_first", "chain"]
-AttentionBackend = Literal["auto", "reference", "pallas", "pallas_interpret"]
+KernelBackend = Literal["auto", "reference", "pallas", "pallas_interpret"]
 
 
 def _require(holds: bool, message: str) -> None:
@@ -64,8 +64,8 @@ class TransformerConfig:
         dtype: dtype of the parameters and of the computation, a name of `FLOAT_DTYPES`.
         product_dtype: the operands of the projections' products are rounded to this dtype, and their sums stay wide
             (mixed precision, forward and backward; twice as fast on CPUs with bfloat16 units). None: dtype.
-        attention: how attention is computed: "auto" (a kernel on NVIDIA GPUs, plain JAX elsewhere), or one of them by
-            name; "pallas_interpret" runs the kernel slowly anywhere, to test it.
+        kernels: "auto" (GPU kernels on NVIDIA GPUs, plain JAX elsewhere), or one of them by name; "pallas_interpret"
+            runs the kernels slowly anywhere, to test them.
     """
 
     vocab_size: int
@@ -82,7 +82,7 @@ class TransformerConfig:
     out_bias: bool = False
     dtype: str = "bfloat16"
     product_dtype: str | None = None
-    attention: AttentionBackend = "auto"
+    kernels: KernelBackend = "auto"
 
     def __post_init__(self) -> None:
         _make_plain(self)
@@ -96,8 +96,8 @@ class TransformerConfig:
         for name in ("rope_theta", "rms_norm_eps"):
             value = getattr(self, name)
             _require(is_number(value) and value > 0, f"{name} must be positive, not {value!r}")
-        _require(self.attention in get_args(AttentionBackend),
-                 f"attention {self.attention!r} is not one of {', '.join(get_args(AttentionBackend))}")
+        _require(self.kernels in get_args(KernelBackend),
+                 f"kernels {self.kernels!r} is not one of {', '.join(get_args(KernelBackend))}")
         for name in ("dtype", "product_dtype"):
             value = getattr(self, name)
             _require(value in FLOAT_DTYPES or (name == "product_dtype" and value is None),

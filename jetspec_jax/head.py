@@ -39,9 +39,9 @@ class DraftHead(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.fc = dense(c, c.hidden_size)
-        self.hidden_norm = RMSNorm(c.rms_norm_eps, c.jnp_dtype)
+        self.hidden_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, c.jnp_dtype)
         self.layers = [DecoderLayer(c) for _ in range(c.num_layers)]
-        self.norm = RMSNorm(c.rms_norm_eps, c.jnp_dtype)
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, c.jnp_dtype)
 
     def _tables(self, positions: Array) -> tuple[Array, Array]:
         return rotary_tables(positions, self.config.head_dim, self.config.rope_theta, self.config.jnp_dtype)
@@ -67,7 +67,7 @@ class DraftHead(nn.Module):
         positions = jnp.concatenate([cached[:, None] + jnp.arange(extra, dtype=jnp.int32)[None, :],
                                      anchor_position[:, None] + jnp.arange(size, dtype=jnp.int32)[None, :]], axis=1)
         visible = block_visibility(size, extra, pending_count, self.config.causal)
-        return self.run(block, pending, positions, attend_with(visible, cache, cached, self.config.attention))
+        return self.run(block, pending, positions, attend_with(visible, cache, cached, self.config.kernels))
 
     def run(self, block: Array, tapped: Array, positions: Array, attend: Attend) -> HeadOutput:
         """The layers over any rows; training runs many blocks of one sequence at once through it.

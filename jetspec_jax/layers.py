@@ -13,6 +13,8 @@ from jax import Array
 
 from jetspec_jax.attention import Attend
 from jetspec_jax.config import TransformerConfig
+from jetspec_jax.kernels import qk_norm_rope
+from pallas_kernels.qk_norm_rope.reference import rms_norm
 
 # float32 products must be float32 on every backend (a GPU would otherwise round the operands to TF32).
 PRECISION = jax.lax.Precision.HIGHEST
@@ -32,17 +34,17 @@ class AttentionContext(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis, statistics in float32 (float64 stays), as Qwen3 and Llama do."""
+    """Root-mean-square norm over the last axis of `size`."""
 
+    size: int
     eps: float
     dtype: jnp.dtype
 
-    @nn.compact
+    def setup(self) -> None:
+        self.scale = self.param("scale", nn.initializers.ones, (self.size,), self.dtype)
+
     def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
-        wide = x.astype(np.promote_types(x.dtype, np.float32))
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return wide.astype(x.dtype) * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+        return rms_norm(x, self.scale, self.eps)
 
 
 def rotary_tables(positions: Array, head_dim: int, theta: float, dtype: jnp.dtype) -> tuple[Array, Array]:
@@ -61,13 +63,6 @@ def rotary_tables(positions: Array, head_dim: int, theta: float, dtype: jnp.dtyp
     frequency = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=wide) / head_dim)  # [C/2]
     angle = positions.astype(wide)[:, :, None] * frequency[None, None, :]
     return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Half-split rotary embedding of x [B, M, heads, C] by tables [B, M, C/2]."""
-    first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
-    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def dense(config: TransformerConfig, features: int, bias: bool = False) -> nn.Dense:
@@ -118,32 +113,26 @@ class Attention(nn.Module):
         self.qkv_proj = dense(c, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, c.qkv_bias)
         self.o_proj = dense(c, c.hidden_size, c.out_bias)
         if c.qk_norm:
-            self.q_norm = RMSNorm(c.rms_norm_eps, c.jnp_dtype)
-            self.k_norm = RMSNorm(c.rms_norm_eps, c.jnp_dtype)
+            self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, c.jnp_dtype)
+            self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, c.jnp_dtype)
 
-    def _split(self, x: Array) -> tuple[Array, Array, Array]:
-        """x [B, M, D] -> q [B, M, H, C], k and v [B, M, K, C], before norm and rotation."""
+    def _project(self, x: Array, cos: Array, sin: Array, queries: int) -> tuple[Array, Array, Array]:
+        """x [B, M, D] -> q [B, N, H, C] of its last N rows, k and v [B, M, K, C], normed and rotated."""
         c = self.config
-        heads = self.qkv_proj(x).reshape(*x.shape[:2], c.num_heads + 2 * c.num_kv_heads, c.head_dim)
-        q, k, v = jnp.split(heads, (c.num_heads, c.num_heads + c.num_kv_heads), axis=2)
+        scales = (self.q_norm.scale, self.k_norm.scale) if c.qk_norm else (None, None)
+        step = qk_norm_rope(c.kernels, heads=c.num_heads, kv_heads=c.num_kv_heads, queries=queries, eps=c.rms_norm_eps)
+        q, k, v = step(self.qkv_proj(x), *scales, cos, sin)
         return q, k, v
-
-    def _keys(self, k: Array, cos: Array, sin: Array) -> Array:
-        return rotate(self.k_norm(k) if self.config.qk_norm else k, cos, sin)
 
     def keys_values(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array]:
         """Keys and values alone, [B, M, K, C] each, of rows that ask nothing."""
-        _, k, v = self._split(x)
-        return self._keys(k, cos, sin), v
+        _, k, v = self._project(x, cos, sin, x.shape[1])
+        return k, v
 
     def __call__(self, x: Array, context: AttentionContext, layer: int, queries: int) -> tuple[Array, Array, Array]:
         """Attends with the last `queries` rows of x [B, M, D]; returns (out [B, N, D], k, v [B, M, K, C])."""
-        rows = slice(x.shape[1] - queries, None)
-        q, k, v = self._split(x)
         with jax.named_scope("qk_norm_rope"):
-            q = q[:, rows]
-            q = rotate(self.q_norm(q) if self.config.qk_norm else q, context.cos[:, rows], context.sin[:, rows])
-            k = self._keys(k, context.cos, context.sin)
+            q, k, v = self._project(x, context.cos, context.sin, queries)
         out = context.attend(q, k, v, layer)
         return self.o_proj(out.reshape(*out.shape[:2], -1)), k, v
 
@@ -169,9 +158,9 @@ class DecoderLayer(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.input_layernorm = RMSNorm(c.rms_norm_eps, c.jnp_dtype)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, c.jnp_dtype)
         self.attention = Attention(c)
-        self.post_attention_layernorm = RMSNorm(c.rms_norm_eps, c.jnp_dtype)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, c.jnp_dtype)
         self.mlp = MLP(c)
 
     def __call__(self, x: Array, context: AttentionContext, layer: int,

@@ -41,7 +41,7 @@ class Target(nn.Module):
         init = nn.initializers.normal(0.02)
         self.embedding = self.param("embedding", init, (c.vocab_size, c.hidden_size), c.jnp_dtype)
         self.layers = [DecoderLayer(c) for _ in range(c.num_layers)]
-        self.norm = RMSNorm(c.rms_norm_eps, c.jnp_dtype)
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, c.jnp_dtype)
         if not c.tie_embeddings:
             self.lm_head = self.param("lm_head", init, (c.hidden_size, c.vocab_size), c.jnp_dtype)
 
@@ -59,7 +59,7 @@ class Target(nn.Module):
         """
         c = self.config
         cos, sin = rotary_tables(positions, c.head_dim, c.rope_theta, c.jnp_dtype)
-        context = AttentionContext(cos, sin, attend_with(visible, cache, cached, c.attention))
+        context = AttentionContext(cos, sin, attend_with(visible, cache, cached, c.kernels))
         x = self.embed(tokens)
         keys, values, outputs = [], [], {}
         for i, layer in enumerate(self.layers):
@@ -109,7 +109,8 @@ def target_embed(config: TargetConfig, params: dict, tokens: Array) -> Array:
 
 def target_norm(config: TargetConfig, params: dict, states: Array) -> Array:
     """The final norm: outputs of the last layer [..., D] -> what `target_logits` takes."""
-    output: Any = RMSNorm(config.rms_norm_eps, config.jnp_dtype).apply({"params": params["params"]["norm"]}, states)
+    norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.jnp_dtype)
+    output: Any = norm.apply({"params": params["params"]["norm"]}, states)
     return output
 
 

@@ -104,8 +104,8 @@ def test_whole_runs_with_the_kernel_interpreted(pairs, name):
     runs = []
     for backend in ("reference", "pallas_interpret"):
         pair = dataclasses.replace(
-            pairs[name], target_config=dataclasses.replace(pairs[name].target_config, attention=backend),
-            head_config=dataclasses.replace(pairs[name].head_config, attention=backend))
+            pairs[name], target_config=dataclasses.replace(pairs[name].target_config, kernels=backend),
+            head_config=dataclasses.replace(pairs[name].head_config, kernels=backend))
         run = generate(pair, prompt, max_new_tokens=24, tree=TreeConfig(budget=20))
         runs.append((run.token_ids, run.accept_lengths))
     assert runs[0] == runs[1]

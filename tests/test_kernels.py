@@ -10,6 +10,7 @@ import pytest
 from jetspec_jax import TreeConfig
 from jetspec_jax.attention import causal_bits, pack_bits
 from jetspec_jax.tree import build_tree
+from pallas_kernels import qk_norm_rope
 from pallas_kernels.tree_attention import pallas, reference
 from pallas_kernels.tree_attention.config import TreeAttentionConfig, choose_config
 
@@ -136,3 +137,35 @@ def test_float64_is_not_taken():
     q = jnp.zeros((1, 1, 1, 16))
     with pytest.raises(NotImplementedError, match="float64"):
         pallas.tree_attention(q, q, q, causal_bits(1, 1), q[None], q[None], 0, jnp.zeros((1,), jnp.int32))
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("norms", [True, False])
+@pytest.mark.parametrize(("batch", "rows", "queries", "heads", "kv_heads", "width"), [
+    (1, 1, 1, 4, 2, 16), (2, 24, 16, 6, 2, 32), (1, 5, 3, 9, 3, 64), (1, 64, 64, 4, 1, 128)])
+def test_qk_norm_rope(batch, rows, queries, heads, kv_heads, width, norms, dtype):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape) * 0.3, dtype)  # noqa: E731
+    scales = (draw(width), draw(width)) if norms else (None, None)
+    angle = jnp.asarray(rng.standard_normal((batch, rows, width // 2)), jnp.float32)
+    arguments = (draw(batch, rows, (heads + 2 * kv_heads) * width), *scales, jnp.cos(angle), jnp.sin(angle), heads,
+                 kv_heads, queries, 1e-6)
+    found = qk_norm_rope.pallas.qk_norm_rope(*arguments, interpret=True)
+    again = qk_norm_rope.pallas.qk_norm_rope(*arguments, interpret=True)
+    expected = qk_norm_rope.reference.qk_norm_rope(*arguments)
+    for a, b, c in zip(found, again, expected, strict=True):
+        assert (a.dtype, a.shape) == (c.dtype, c.shape)
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(c, np.float32), atol=TOLERANCE[dtype])
+
+
+def test_norm_and_rotation_by_hand():
+    """One row, one head each, C = 2: norm to unit root-mean-square, scale, quarter turn."""
+    projected = jnp.asarray([[[3.0, 4.0, 6.0, 8.0, 5.0, 7.0]]])
+    quarter = (jnp.zeros((1, 1, 1)), jnp.ones((1, 1, 1)))
+    q, k, v = qk_norm_rope.reference.qk_norm_rope(projected, jnp.asarray([1.0, 2.0]), jnp.asarray([1.0, 1.0]), *quarter,
+                                                  1, 1, 1, 0.0)
+    size = np.sqrt(12.5)
+    np.testing.assert_allclose(q[0, 0, 0], [-8 / size, 3 / size])
+    np.testing.assert_allclose(k[0, 0, 0], [-4 / size, 3 / size])
+    np.testing.assert_allclose(v[0, 0, 0], [5, 7])

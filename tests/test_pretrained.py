@@ -138,7 +138,6 @@ def test_a_hub_id_is_fetched_without_pickles(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     pair = load_pretrained("some/target", "some/head")
     assert pair.head_config.block_size == 8
-    assert pair.head_is_trained
 
 
 def test_swapped_and_unfit_arguments(tmp_path):

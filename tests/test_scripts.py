@@ -38,7 +38,7 @@ def test_decode_on_the_default_pair_in_json():
     assert report["tokens_per_second"] > 0
     assert report["ar"]["rounds"] == 7
     assert report["text"] in done.stdout.replace(lines[-1], "")  # it was streamed
-    assert "no head has been trained" in done.stderr
+    assert report["mean_accept_length"] > 1  # the shipped head drafts
     assert report["ar"]["token_ids"] == report["token_ids"]
     assert "tokens identical: True" in done.stdout
 
