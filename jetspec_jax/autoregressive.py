@@ -47,11 +47,11 @@ class AutoregressiveHead(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.fc = dense(c, c.hidden_size)
-        self.token_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, c.jnp_dtype)
-        self.feature_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, c.jnp_dtype)
+        self.token_norm = RMSNorm(c)
+        self.feature_norm = RMSNorm(c)
         self.join = dense(c, c.hidden_size)
         self.layers = [DecoderLayer(c) for _ in range(c.num_layers)]
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, c.jnp_dtype)
+        self.norm = RMSNorm(c)
 
     def fuse(self, tapped: Array) -> Array:
         """Tapped states [B, N, T*D] -> features [B, N, D]."""
@@ -69,12 +69,13 @@ class AutoregressiveHead(nn.Module):
         c = self.config
         context = AttentionContext(*rotary_tables(positions, c.head_dim, c.rope_theta, c.jnp_dtype), attend)
         x = self.join(jnp.concatenate([self.token_norm(tokens), self.feature_norm(feature)], axis=-1))
-        keys, values = [], []
+        delta, keys, values = None, [], []
         for i, layer in enumerate(self.layers):
-            x, k, v = layer(x, context, i)
+            x, delta, k, v = layer(x, delta, context, i)
             keys.append(k)
             values.append(v)
-        return AutoregressiveOutput(self.norm(x), x, jnp.stack(keys), jnp.stack(values))
+        feature, hidden = self.norm.after_adding(x, delta)
+        return AutoregressiveOutput(hidden, feature, jnp.stack(keys), jnp.stack(values))
 
 
 def autoregressive_forward(config: AutoregressiveHeadConfig, params: dict, tokens: Array, feature: Array,

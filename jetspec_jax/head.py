@@ -39,9 +39,9 @@ class DraftHead(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.fc = dense(c, c.hidden_size)
-        self.hidden_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, c.jnp_dtype)
+        self.hidden_norm = RMSNorm(c)
         self.layers = [DecoderLayer(c) for _ in range(c.num_layers)]
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, c.jnp_dtype)
+        self.norm = RMSNorm(c)
 
     def _tables(self, positions: Array) -> tuple[Array, Array]:
         return rotary_tables(positions, self.config.head_dim, self.config.rope_theta, self.config.jnp_dtype)
@@ -81,12 +81,12 @@ class DraftHead(nn.Module):
         extra = tapped.shape[1]
         context = AttentionContext(*self._tables(positions), attend)
         features = self._features(tapped)
-        x, keys, values = block, [], []
+        x, delta, keys, values = block, None, [], []
         for i, layer in enumerate(self.layers):
-            x, k, v = layer(x, context, i, features)
+            x, delta, k, v = layer(x, delta, context, i, features)
             keys.append(k[:, :extra])
             values.append(v[:, :extra])
-        return HeadOutput(self.norm(x), jnp.stack(keys), jnp.stack(values))
+        return HeadOutput(self.norm.after_adding(x, delta)[1], jnp.stack(keys), jnp.stack(values))
 
     def context(self, tapped: Array, positions: Array) -> tuple[Array, Array]:
         """Keys and values, [L, B, E, K, C] each, of prompt tokens from their tapped states [B, E, T*D]."""

@@ -12,6 +12,7 @@ import jax
 from jax import lax
 
 from jetspec_jax.config import KernelBackend
+from pallas_kernels import add_norm as add_norm_kernels
 from pallas_kernels import qk_norm_rope as qk_norm_rope_kernels
 from pallas_kernels import tree_attention as tree_attention_kernels
 
@@ -24,6 +25,11 @@ def tree_attention(backend: KernelBackend) -> Callable[..., Any]:
 def qk_norm_rope(backend: KernelBackend, **static: Any) -> Callable[..., Any]:
     """`pallas_kernels.qk_norm_rope` by backend, with its sizes filled in."""
     return _choose("qk_norm_rope", qk_norm_rope_kernels, backend, tuple(sorted(static.items())))
+
+
+def add_norm(backend: KernelBackend, eps: float) -> Callable[..., Any]:
+    """`pallas_kernels.add_norm` by backend."""
+    return _choose("add_norm", add_norm_kernels, backend, (("eps", eps),))
 
 
 @cache  # one function per kernel and sizes, so that all layers share one trace of it

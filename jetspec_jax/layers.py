@@ -13,8 +13,8 @@ from jax import Array
 
 from jetspec_jax.attention import Attend
 from jetspec_jax.config import TransformerConfig
-from jetspec_jax.kernels import qk_norm_rope
-from pallas_kernels.qk_norm_rope.reference import rms_norm
+from jetspec_jax.kernels import add_norm, qk_norm_rope
+from pallas_kernels.add_norm.reference import rms_norm
 
 # float32 products must be float32 on every backend (a GPU would otherwise round the operands to TF32).
 PRECISION = jax.lax.Precision.HIGHEST
@@ -34,17 +34,24 @@ class AttentionContext(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis of `size`."""
+    """Root-mean-square norm over the last axis, of `size` (by default D)."""
 
-    size: int
-    eps: float
-    dtype: jnp.dtype
+    config: TransformerConfig
+    size: int | None = None
 
     def setup(self) -> None:
-        self.scale = self.param("scale", nn.initializers.ones, (self.size,), self.dtype)
+        c = self.config
+        self.scale = self.param("scale", nn.initializers.ones, (self.size or c.hidden_size,), c.jnp_dtype)
 
     def __call__(self, x: Array) -> Array:
-        return rms_norm(x, self.scale, self.eps)
+        return rms_norm(x, self.scale, self.config.rms_norm_eps)
+
+    def after_adding(self, x: Array, delta: Array | None) -> tuple[Array, Array]:
+        """(x + delta, its norm); a layer leaves its last residual sum to the norm that reads it."""
+        if delta is None:
+            return x, self(x)
+        total, normed = add_norm(self.config.kernels, self.config.rms_norm_eps)(x, delta, self.scale)
+        return total, normed
 
 
 def rotary_tables(positions: Array, head_dim: int, theta: float, dtype: jnp.dtype) -> tuple[Array, Array]:
@@ -113,8 +120,8 @@ class Attention(nn.Module):
         self.qkv_proj = dense(c, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, c.qkv_bias)
         self.o_proj = dense(c, c.hidden_size, c.out_bias)
         if c.qk_norm:
-            self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, c.jnp_dtype)
-            self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, c.jnp_dtype)
+            self.q_norm = RMSNorm(c, c.head_dim)
+            self.k_norm = RMSNorm(c, c.head_dim)
 
     def _project(self, x: Array, cos: Array, sin: Array, queries: int) -> tuple[Array, Array, Array]:
         """x [B, M, D] -> q [B, N, H, C] of its last N rows, k and v [B, M, K, C], normed and rotated."""
@@ -158,27 +165,29 @@ class DecoderLayer(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, c.jnp_dtype)
+        self.input_layernorm = RMSNorm(c)
         self.attention = Attention(c)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, c.jnp_dtype)
+        self.post_attention_layernorm = RMSNorm(c)
         self.mlp = MLP(c)
 
-    def __call__(self, x: Array, context: AttentionContext, layer: int,
-                 extra: Array | None = None) -> tuple[Array, Array, Array]:
-        """Runs the layer on x [B, N, D].
+    def __call__(self, x: Array, delta: Array | None, context: AttentionContext, layer: int,
+                 extra: Array | None = None) -> tuple[Array, Array, Array, Array]:
+        """Runs the layer on x + delta.
 
         Args:
+            x: [B, N, D], the residual stream.
+            delta: [B, N, D], what the layer before adds to it; None at the first.
             extra: [B, E, D] rows that are seen but do not ask (a draft head's target features). They enter the
                 key/value projections without the input norm, before the rows of x; M = E + N.
 
         Returns:
-            (x [B, N, D], k [B, M, K, C], v [B, M, K, C]).
+            (x [B, N, D] and delta [B, N, D], whose sum is the layer's output; k, v [B, M, K, C]).
         """
-        rows = self.input_layernorm(x)
+        x, rows = self.input_layernorm.after_adding(x, delta)
         if extra is not None:
             rows = jnp.concatenate([extra, rows], axis=1)
         with jax.named_scope("attention"):
             attended, k, v = self.attention(rows, context, layer, x.shape[1])
-        x = x + attended
+        x, normed = self.post_attention_layernorm.after_adding(x, attended)
         with jax.named_scope("mlp"):
-            return x + self.mlp(self.post_attention_layernorm(x)), k, v
+            return x, self.mlp(normed), k, v

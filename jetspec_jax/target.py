@@ -41,7 +41,7 @@ class Target(nn.Module):
         init = nn.initializers.normal(0.02)
         self.embedding = self.param("embedding", init, (c.vocab_size, c.hidden_size), c.jnp_dtype)
         self.layers = [DecoderLayer(c) for _ in range(c.num_layers)]
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, c.jnp_dtype)
+        self.norm = RMSNorm(c)
         if not c.tie_embeddings:
             self.lm_head = self.param("lm_head", init, (c.hidden_size, c.vocab_size), c.jnp_dtype)
 
@@ -60,16 +60,16 @@ class Target(nn.Module):
         c = self.config
         cos, sin = rotary_tables(positions, c.head_dim, c.rope_theta, c.jnp_dtype)
         context = AttentionContext(cos, sin, attend_with(visible, cache, cached, c.kernels))
-        x = self.embed(tokens)
+        x, delta = self.embed(tokens), None
         keys, values, outputs = [], [], {}
         for i, layer in enumerate(self.layers):
-            x, k, v = layer(x, context, i)
+            x, delta, k, v = layer(x, delta, context, i)
             keys.append(k)
             values.append(v)
             if i in taps:
-                outputs[i] = x
+                outputs[i] = x + delta
         tapped = jnp.concatenate([outputs[i] for i in taps], axis=-1) if taps else x[..., :0]
-        return TargetOutput(self.norm(x), tapped, jnp.stack(keys), jnp.stack(values))
+        return TargetOutput(self.norm.after_adding(x, delta)[1], tapped, jnp.stack(keys), jnp.stack(values))
 
     def embed(self, tokens: Array) -> Array:
         """int32 [B, N] -> [B, N, D]."""
@@ -109,7 +109,7 @@ def target_embed(config: TargetConfig, params: dict, tokens: Array) -> Array:
 
 def target_norm(config: TargetConfig, params: dict, states: Array) -> Array:
     """The final norm: outputs of the last layer [..., D] -> what `target_logits` takes."""
-    norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.jnp_dtype)
+    norm = RMSNorm(config)
     output: Any = norm.apply({"params": params["params"]["norm"]}, states)
     return output
 

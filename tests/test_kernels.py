@@ -10,7 +10,7 @@ import pytest
 from jetspec_jax import TreeConfig
 from jetspec_jax.attention import causal_bits, pack_bits
 from jetspec_jax.tree import build_tree
-from pallas_kernels import qk_norm_rope
+from pallas_kernels import add_norm, qk_norm_rope
 from pallas_kernels.tree_attention import pallas, reference
 from pallas_kernels.tree_attention.config import TreeAttentionConfig, choose_config
 
@@ -169,3 +169,33 @@ def test_norm_and_rotation_by_hand():
     np.testing.assert_allclose(q[0, 0, 0], [-8 / size, 3 / size])
     np.testing.assert_allclose(k[0, 0, 0], [-4 / size, 3 / size])
     np.testing.assert_allclose(v[0, 0, 0], [5, 7])
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("shape", [(1, 1, 64), (2, 5, 576), (3, 2, 48), (1, 3, 16384)])
+def test_add_norm(shape, dtype):
+    rng = np.random.default_rng(0)
+    x, delta, scale = (jnp.asarray(rng.standard_normal(s) * 0.5, dtype) for s in (shape, shape, shape[-1:]))
+    found = add_norm.pallas.add_norm(x, delta, scale, 1e-6, interpret=True)
+    for a, b in zip(found, add_norm.reference.add_norm(x, delta, scale, 1e-6), strict=True):
+        assert a.dtype == dtype
+        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), atol=TOLERANCE[dtype])
+
+
+def test_add_norm_by_hand():
+    total, normed = add_norm.reference.add_norm(jnp.asarray([[[1.0, 2.0]]]), jnp.asarray([[[2.0, 2.0]]]),
+                                                jnp.asarray([1.0, 3.0]), 0.0)
+    assert total.tolist() == [[[3.0, 4.0]]]
+    np.testing.assert_allclose(normed[0, 0], [3 / np.sqrt(12.5), 12 / np.sqrt(12.5)])
+
+
+@pytest.mark.parametrize(("kernel", "shape", "reason"), [
+    (add_norm, (1, 1, 24), "width 24"), (qk_norm_rope, (1, 1, 36), "head dimension 12")])
+def test_sizes_that_are_not_taken(kernel, shape, reason):
+    x = jnp.zeros(shape, jnp.float32)
+    half = jnp.zeros((1, 1, 6), jnp.float32)
+    with pytest.raises(NotImplementedError, match=reason):
+        if kernel is add_norm:
+            add_norm.pallas.add_norm(x, x, x[0, 0], 1e-6)
+        else:
+            qk_norm_rope.pallas.qk_norm_rope(x, None, None, half, half, 1, 1, 1, 1e-6)

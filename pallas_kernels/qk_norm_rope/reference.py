@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
-
-def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    """Root-mean-square norm over the last axis, statistics in float32 (float64 stays), as Qwen3 and Llama do."""
-    wide = x.astype(np.promote_types(x.dtype, np.float32))
-    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return wide.astype(x.dtype) * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+from pallas_kernels.add_norm.reference import rms_norm
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
