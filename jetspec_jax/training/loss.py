@@ -5,6 +5,7 @@ Only the mask differs from decoding: the head's layers are run by `head_run`, wh
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -169,6 +170,7 @@ def block_slots(target: TargetConfig, head: DrafterConfig, target_params: dict, 
     """Runs all blocks and finds what each slot should have said."""
     states = batch_states(target, target_params, batch, layers)
     width = target.hidden_size
+    head = dataclasses.replace(head, kernels="reference")  # the kernels have no backward pass
 
     def of(layer: int) -> Array:
         start = layers.index(layer) * width

@@ -112,10 +112,8 @@ class Trainer:
     def step_function(self) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Array]]]:
         """The jitted step: gradients summed over micro-batches, one update."""
         optimiser = make_optimiser(self.config)
-        # The kernels have no backward pass.
-        plain: dict[str, Any] = {"product_dtype": self.config.product_dtype, "kernels": "reference"}
-        head = dataclasses.replace(self.head, dtype="float32", **plain)
-        target = dataclasses.replace(self.target, **plain)
+        head = dataclasses.replace(self.head, dtype="float32", product_dtype=self.config.product_dtype)
+        target = dataclasses.replace(self.target, product_dtype=self.config.product_dtype)
         loss = partial(loss_and_metrics, target, head, self.config, self.layers)
 
         def step(state: TrainState, target_params: Any, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
