@@ -118,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
                         help=f"how many prompts of {', '.join(SOURCES)}, or of a JSONL file; repeatable")
     add_model_arguments(parser)
     parser.add_argument("--product-dtype", choices=FLOAT_DTYPES, help="round the operands of products to this dtype "
-                        "(bfloat16: about 1.4 times faster here)")
+                        "(bfloat16 is faster on CPUs that have units for it)")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="default %(default)s")
     parser.add_argument("--max-prompt-tokens", type=int, default=160, help="longer prompts are skipped (default "
                         "%(default)s)")

@@ -63,7 +63,7 @@ class TransformerConfig:
         qkv_bias, out_bias: whether those projections of the attention carry a bias.
         dtype: dtype of the parameters and of the computation, a name of `FLOAT_DTYPES`.
         product_dtype: the operands of the projections' products are rounded to this dtype, and their sums stay wide
-            (mixed precision, forward and backward; twice as fast on CPUs with bfloat16 units). None: dtype.
+            (mixed precision, forward and backward; faster on CPUs with bfloat16 units). None: dtype.
         kernels: "auto" (GPU kernels on NVIDIA GPUs, plain JAX elsewhere), or one of them by name; "pallas_interpret"
             runs the kernels slowly anywhere, to test them.
     """

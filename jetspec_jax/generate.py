@@ -322,6 +322,7 @@ def _as_list(prompt: Prompt | Sequence[Prompt]) -> tuple[bool, list[Prompt]]:
 
 
 def read_requests(pair: Pair, prompts: list[Prompt], max_new_tokens: int) -> list[Request]:
+    """Encodes and checks all prompts before anything runs."""
     if not is_integer(max_new_tokens) or max_new_tokens < 1:
         raise JetSpecError(f"max_new_tokens must be an integer of at least 1, not {max_new_tokens!r}")
     limit = pair.target_config.max_positions

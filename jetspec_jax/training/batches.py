@@ -35,7 +35,6 @@ class Batches:
     Args:
         dataset: recorded answers.
         config: sizes and seed.
-        slots: slots of a training block; an anchor needs one token after it.
         held_out: the last sequences, which are never trained on.
     """
 
