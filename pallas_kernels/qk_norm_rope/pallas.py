@@ -25,8 +25,8 @@ def qk_norm_rope(projected: Array, q_scale: Array | None, k_scale: Array | None,
     """
     batch, rows, columns = projected.shape
     width = columns // (heads + 2 * kv_heads)
-    if width & (width - 1) or width < 16:
-        raise NotImplementedError(f"head dimension {width} is not a power of two of at least 16")
+    if width & (width - 1) or width < 8:
+        raise NotImplementedError(f"head dimension {width} is not a power of two of at least 8")
     if projected.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise NotImplementedError(f"dtype {projected.dtype}")
     block = MAX_ROWS
