@@ -19,10 +19,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments.common import add_pair_arguments, load, run_main
+from experiments.common import add_pair_arguments, load, run_main, write_text
 from experiments.decode import summarize
 from experiments.peers import PEERS, Peer
 from experiments.phases import ready_state, shares
+from experiments.plots import Line, Panel, save_plot
 from jetspec_jax import JetSpecError, Pair, PromptLookup, SamplingParams, TreeConfig, load_pretrained
 from jetspec_jax.config import MAX_TREE_BUDGET, Builder, HeadConfig
 from jetspec_jax.decode import Decoder
@@ -73,10 +74,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for suite, messages in suites.items():
         rows += measure_suite(suite, [pair.chat(m) for m in messages], methods, peers, pair, sampling, args)
-    table = markdown(rows)
-    print(table)
-    if args.out is not None:
-        write_results(args.out, rows, table)
+        if args.out is not None:
+            write_results(args.out, rows)  # a long run leaves what it has
+    print(markdown(rows))
     if args.json:
         print(json.dumps({"rows": rows}))
 
@@ -200,35 +200,26 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_results(folder: Path, rows: list[dict[str, Any]], table: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-    (folder / "results.md").write_text(table + "\n")
+def write_results(folder: Path, rows: list[dict[str, Any]]) -> None:
+    write_text(folder / "results.json", json.dumps({"rows": rows}, indent=1) + "\n")
+    write_text(folder / "results.md", markdown(rows) + "\n")
     plot_scaling(rows, folder / "scaling.png")
 
 
 def plot_scaling(rows: list[dict[str, Any]], file: Path) -> None:
     """Accepted length and speed-up against the budget, one line per method, one column per suite."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     suites = list(dict.fromkeys(row["suite"] for row in rows))
-    figure, axes = plt.subplots(2, len(suites), figsize=(4 * len(suites) + 1, 7), squeeze=False, layout="constrained")
-    for column, suite in enumerate(suites):
-        for line, (field, label) in enumerate((("accepted_length", "accepted tokens a round"),
-                                               ("speedup", "speed-up over plain decoding"))):
-            axis = axes[line][column]
-            for method in dict.fromkeys(row["method"] for row in rows if row["method"] != "plain"):
-                points = [(row["budget"], row[field]) for row in rows
-                          if row["suite"] == suite and row["method"] == method and row["budget"]]
-                if points:
-                    axis.plot(*zip(*points, strict=True), marker="o", label=method)
-            axis.set(xscale="log", xlabel="tree budget (nodes)", ylabel=label, title=suite if line == 0 else "")
-    axes[0][0].legend()
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    methods = list(dict.fromkeys(row["method"] for row in rows if row["budget"] > 1))
+
+    def panel(suite: str, field: str, label: str) -> Panel:
+        lines = []
+        for method in methods:
+            found = [row for row in rows if row["suite"] == suite and row["method"] == method]
+            lines.append(Line(method, [row["budget"] for row in found], [row[field] for row in found]))
+        return Panel("tree budget (nodes)", label, lines, title=suite, log_x=True)
+
+    save_plot(file, [[panel(suite, "accepted_length", "accepted tokens a round") for suite in suites],
+                     [panel(suite, "speedup", "speed-up over plain decoding") for suite in suites]])
 
 
 def build_parser() -> argparse.ArgumentParser:

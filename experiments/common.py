@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import get_args
 
 import jax
@@ -55,6 +56,14 @@ def load(args: argparse.Namespace) -> Pair:
     """Loads the pair that the options name, with compiled programs kept between runs."""
     add_compile_cache()
     return load_pretrained(args.model, args.head, dtype=args.dtype)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes beside and renames, so that no half of a file is ever there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f".{file.name}")
+    beside.write_text(text)
+    beside.rename(file)
 
 
 def run_main(main: Callable[[], None]) -> None:

@@ -1,15 +1,19 @@
-"""The paper's analyses on recorded data of a small target: each trains what it compares, and writes a table and a plot.
+"""The paper's analyses on recorded data of a small target: each writes a table and a plot.
 
     python experiments/paper.py gamma --dataset data/greedy --out out/gamma --steps 400
     python experiments/paper.py foreign --dataset data/greedy --foreign-dataset data/foreign --out out/foreign
+    python experiments/paper.py subset --dataset data/greedy --out out/subset
     python experiments/paper.py faithfulness --dataset data/greedy --causal-head A --bidirectional-head B --out out/f
+    python experiments/paper.py heads --run runs/causal --run runs/dflash --run runs/eagle3 --out out/heads
 
 gamma         depth weights exp(-(i-1)/gamma), gamma 0, 3, 7, 15, causal against bidirectional (paper, table 7)
 foreign       the target's own answers against other people's (table 6); see generate_data.py --foreign
+subset        the loss over a part of the vocabulary against the full one, at equal steps
 faithfulness  the gap between the head's and the target's log-probability of the head's best branch (tables 8 and 9)
+heads         the curves of runs of train_head.py in one picture, and where they ended
 
-Budget scaling (figure of tables 1 and 2) is what benchmark.py --out plots. These are small trainings: they show
-directions, not the paper's figures.
+The first three train what they compare. Budget scaling (figure of tables 1 and 2) is what benchmark.py --out plots.
+These are small trainings: they show directions, not the paper's figures.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import time
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +33,8 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from experiments.common import add_compile_cache, run_main
+from experiments.common import add_compile_cache, run_main, write_text
+from experiments.plots import Line, Panel, save_plot
 from jetspec_jax import HeadConfig, JetSpecError, Pair, TreeConfig, load_pretrained
 from jetspec_jax.attention import causal_bits
 from jetspec_jax.cache import KVCache
@@ -39,9 +45,11 @@ from jetspec_jax.training.config import TrainConfig
 from jetspec_jax.training.dataset import Dataset
 from jetspec_jax.training.evaluate import HeldOut
 from jetspec_jax.training.initial import head_from_target
+from jetspec_jax.training.log import read_metrics
 from jetspec_jax.training.loss import block_slots
 from jetspec_jax.training.trainer import Trainer
 
+ACCEPTED = "accepted tokens a round"
 GAMMAS = (0.0, 3.0, 7.0, 15.0)
 TREES = (TreeConfig("chain"), TreeConfig(budget=16), TreeConfig(budget=64))
 BINS = (5.0, 20.0, 40.0, 80.0)  # of the gap, as in table 9
@@ -51,53 +59,62 @@ def main() -> None:
     args = build_parser().parse_args()
     if args.steps < 1 or args.held_out < 1:
         raise JetSpecError("--steps and --held-out must be at least 1")
-    add_compile_cache()
-    dataset = Dataset(args.dataset)
-    pair = load_pretrained(args.model)
-    rows = {"gamma": gamma, "foreign": foreign, "faithfulness": faithfulness}[args.analysis](args, pair, dataset)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+    if args.analysis == "heads":
+        rows = heads(args)
+    else:
+        if not args.dataset:
+            raise JetSpecError(f"{args.analysis} needs --dataset: record one with generate_data.py")
+        add_compile_cache()
+        dataset, pair = Dataset(args.dataset), load_pretrained(args.model)
+        rows = ON_DATA[args.analysis](args, pair, dataset)
     table = markdown(rows)
-    (args.out / "results.md").write_text(table + "\n")
+    write_text(args.out / "results.json", json.dumps(rows, indent=1) + "\n")
+    write_text(args.out / "results.md", table + "\n")
     print(table)
 
 
 def train(args: argparse.Namespace, pair: Pair, dataset: Dataset, held_out: list[Batch], gamma: float, causal: bool,
-          name: str) -> dict[str, Any]:
-    """Trains one head from the target's last layers; what it accepts on the held-out answers."""
+          name: str, vocab_subset: int | None) -> dict[str, Any]:
+    """Trains one head from the target's last layers; what it accepts on the held-out answers, and a step's time."""
     preset = PRESETS[args.model].head if args.model in PRESETS else None
     if preset is None:
         raise JetSpecError(f"--model {args.model} has no preset head to train: choose one of "
                            f"{', '.join(name for name, p in PRESETS.items() if p.head)}")
     head = dataclasses.replace(preset, dtype="float32", causal=causal)
-    config = settings(args, gamma)
+    config = settings(args, gamma, vocab_subset)
     target = pair.target_config
     trainer = Trainer(target, head, pair.params.target, config, dataset.info.layers)
     state = trainer.create_state(head_from_target(target, head, pair.params.target, jax.random.key(args.seed)))
+    seconds = []
     for _, state, metrics in tqdm(trainer.train(state, Batches(dataset, config, args.held_out)),  # noqa: B007, B020
                                   total=args.steps, desc=name):
-        pass
+        loss = float(metrics["loss"])
+        seconds.append(time.perf_counter())
     found = HeldOut(target, head, TREES, dataset.info.layers, held_out)(state.params, pair.params.target)
-    return {"run": name, "gamma": gamma, "causal": causal, "loss": float(metrics["loss"]), **found}
+    return {"run": name, "gamma": gamma, "causal": causal, "loss": loss,
+            "seconds a step": float(np.median(np.diff(seconds))) if len(seconds) > 1 else 0.0, **found}
 
 
-def settings(args: argparse.Namespace, gamma: float) -> TrainConfig:
-    return TrainConfig(steps=args.steps, gamma=gamma, vocab_subset=args.vocab_subset, learning_rate=args.learning_rate,
+def settings(args: argparse.Namespace, gamma: float, vocab_subset: int | None) -> TrainConfig:
+    return TrainConfig(steps=args.steps, gamma=gamma, vocab_subset=vocab_subset, learning_rate=args.learning_rate,
                        product_dtype=args.product_dtype, seed=args.seed, row_tokens=args.row_tokens)
 
 
 def held_out_of(args: argparse.Namespace, dataset: Dataset) -> list[Batch]:
-    return Batches(dataset, settings(args, 0.0), args.held_out).held_out_batches()
+    return Batches(dataset, settings(args, 0.0, args.vocab_subset), args.held_out).held_out_batches()
 
 
 def gamma(args: argparse.Namespace, pair: Pair, dataset: Dataset) -> list[dict[str, Any]]:
     held_out = held_out_of(args, dataset)
-    rows = [train(args, pair, dataset, held_out, g, causal, f"{'causal' if causal else 'bidirectional'}, gamma {g:g}")
+    rows = [train(args, pair, dataset, held_out, g, causal, f"{'causal' if causal else 'bidirectional'}, gamma {g:g}",
+                  args.vocab_subset)
             for g in args.gammas for causal in (True, False)]
-    plot_lines(args.out, "gamma.png", "gamma (0: uniform)", [
-        (f"{'causal' if causal else 'bidirectional'}, {name}", [r["gamma"] for r in rows if r["causal"] == causal],
-         [r[name] for r in rows if r["causal"] == causal])
-        for causal in (True, False) for name in ("accept_chain", "accept_accum_logp_64")])
+    lines = [Line(f"{'causal' if causal else 'bidirectional'}, {name}",
+                  [r["gamma"] for r in rows if r["causal"] == causal],
+                  [r[name] for r in rows if r["causal"] == causal])
+             for causal in (True, False) for name in ("accept_chain", "accept_accum_logp_64")]
+    save_plot(args.out / "gamma.png", [[Panel("gamma (0: uniform)", ACCEPTED, lines)]])
     return rows
 
 
@@ -105,10 +122,35 @@ def foreign(args: argparse.Namespace, pair: Pair, dataset: Dataset) -> list[dict
     if not args.foreign_dataset:
         raise JetSpecError("the comparison needs --foreign-dataset (record one with generate_data.py --foreign)")
     held_out = held_out_of(args, dataset)  # always the target's own answers: what decoding will meet
-    rows = [train(args, pair, data, held_out, args.gammas[0], True, name)
+    rows = [train(args, pair, data, held_out, args.gammas[0], True, name, args.vocab_subset)
             for name, data in (("own answers", dataset), ("foreign answers", Dataset(args.foreign_dataset)))]
-    names = [name for name in rows[0] if name.startswith("accept")]
-    plot_lines(args.out, "foreign.png", "tree", [(r["run"], names, [r[name] for name in names]) for r in rows])
+    plot_trees(args.out / "foreign.png", rows)
+    return rows
+
+
+def subset(args: argparse.Namespace, pair: Pair, dataset: Dataset) -> list[dict[str, Any]]:
+    held_out = held_out_of(args, dataset)
+    rows = [train(args, pair, dataset, held_out, args.gammas[0], True, name, count)
+            for name, count in ((f"{args.vocab_subset} tokens", args.vocab_subset), ("full vocabulary", None))]
+    plot_trees(args.out / "subset.png", rows)
+    return rows
+
+
+def heads(args: argparse.Namespace) -> list[dict[str, Any]]:
+    if not args.run:
+        raise JetSpecError("heads needs --run FOLDER, the --out of a train_head.py run; repeatable")
+    rows, lines = [], []
+    for folder in args.run:
+        if not (folder / "metrics.jsonl").is_file():
+            raise JetSpecError(f"{folder} holds no metrics.jsonl: give the --out folder of a train_head.py run")
+        held_out = [entry for entry in read_metrics(folder / "metrics.jsonl") if "accept_chain" in entry]
+        if not held_out:
+            raise JetSpecError(f"{folder} was never evaluated on held-out answers: train with --held-out and "
+                               "--eval-every")
+        rows.append({"run": folder.name, **held_out[-1]})
+        lines += [Line(f"{folder.name}, {name}", [entry["step"] for entry in held_out],
+                       [entry[name] for entry in held_out]) for name in ("accept_chain", "accept_accum_logp_64")]
+    save_plot(args.out / "heads.png", [[Panel("step", ACCEPTED, lines)]])
     return rows
 
 
@@ -117,7 +159,7 @@ def faithfulness(args: argparse.Namespace, pair: Pair, dataset: Dataset) -> list
     held_out, rows, curves = held_out_of(args, dataset), [], []
     for name, path in (("causal", args.causal_head), ("bidirectional", args.bidirectional_head)):
         if path is None:
-            raise JetSpecError(f"the comparison needs --{name}-head: train one with experiments/train_head.py")
+            raise JetSpecError(f"faithfulness needs --{name}-head: train one with experiments/train_head.py")
         loaded = load_pretrained(args.model, path)
         head = loaded.head_config
         if not isinstance(head, HeadConfig) or head.causal is not (name == "causal"):
@@ -130,8 +172,8 @@ def faithfulness(args: argparse.Namespace, pair: Pair, dataset: Dataset) -> list
                  for i, (low, high) in enumerate(pairwise(edges))}
         rows.append({"head": name, "branches": len(gaps), "median gap": float(np.median(gaps)),
                      "mean gap": float(np.mean(gaps)), **share})
-        curves.append((name, np.sort(gaps).tolist(), np.linspace(0, 1, len(gaps)).tolist()))
-    plot_lines(args.out, "faithfulness.png", "log q(branch) - log p(branch)", curves, marker="")
+        curves.append(Line(name, np.sort(gaps).tolist(), np.linspace(0, 1, len(gaps)).tolist(), marker=""))
+    save_plot(args.out / "faithfulness.png", [[Panel("log q(branch) - log p(branch)", "share of branches", curves)]])
     return rows
 
 
@@ -167,20 +209,10 @@ def branch_gaps(target: TargetConfig, head: HeadConfig, layers: tuple[int, ...],
     return jax.lax.map(lambda args: of_anchor(*args), (batch.anchor[0], slots.hidden[0], slots.real[0]))
 
 
-def plot_lines(folder: Path, name: str, label: str, lines: list[tuple[str, list, list]], marker: str = "o") -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    folder.mkdir(parents=True, exist_ok=True)
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for line, x, y in lines:
-        axis.plot(x, y, marker=marker, label=line)
-    axis.set(xlabel=label, ylabel="share of branches" if not marker else "accepted tokens a round")
-    axis.legend()
-    figure.savefig(folder / name, dpi=120)
-    plt.close(figure)
+def plot_trees(file: Path, rows: list[dict[str, Any]]) -> None:
+    names = [name for name in rows[0] if name.startswith("accept")]
+    lines = [Line(r["run"], names, [r[name] for name in names]) for r in rows]
+    save_plot(file, [[Panel("tree", ACCEPTED, lines)]])
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -192,11 +224,15 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+ON_DATA = {"gamma": gamma, "foreign": foreign, "subset": subset, "faithfulness": faithfulness}
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("analysis", choices=("gamma", "foreign", "faithfulness"))
-    parser.add_argument("--dataset", type=Path, action="append", required=True, metavar="FOLDER")
+    parser.add_argument("analysis", choices=(*ON_DATA, "heads"))
+    parser.add_argument("--dataset", type=Path, action="append", metavar="FOLDER")
     parser.add_argument("--foreign-dataset", type=Path, action="append", metavar="FOLDER")
+    parser.add_argument("--run", type=Path, action="append", metavar="FOLDER", help="of train_head.py, for `heads`")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--model", default="smollm2-135m", metavar="NAME")
     parser.add_argument("--causal-head", metavar="PATH")

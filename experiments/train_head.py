@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from experiments.common import add_compile_cache, run_main
+from experiments.plots import Line, Panel, save_plot
 from jetspec_jax import JetSpecError, TreeConfig, load_pretrained
 from jetspec_jax.autoregressive import init_autoregressive
 from jetspec_jax.checkpoint import load as load_checkpoint
@@ -42,7 +43,7 @@ from jetspec_jax.training.config import Loss, TrainConfig
 from jetspec_jax.training.dataset import Dataset
 from jetspec_jax.training.evaluate import HeldOut
 from jetspec_jax.training.initial import head_from_target
-from jetspec_jax.training.log import MetricsLog, plot_curve, read_metrics
+from jetspec_jax.training.log import MetricsLog, read_metrics
 from jetspec_jax.training.trainer import Trainer, TrainState
 
 TREES = (TreeConfig("chain"), TreeConfig(budget=16), TreeConfig(budget=64))
@@ -152,6 +153,18 @@ def autoregressive_start(args: argparse.Namespace, shape: HeadConfig, params: di
     head = AutoregressiveHeadConfig(**{**shared, "num_layers": args.layers or 1, "dtype": "float32",
                                        "block_size": args.block_size or shape.block_size})
     return head, init_autoregressive(head, jax.random.key(seed))
+
+
+def plot_curve(entries: list[dict[str, float]], file: Path, title: str) -> None:
+    """Loss (the mean of each interval) and accepted lengths against steps."""
+
+    def line(name: str) -> Line:
+        points = [(entry["step"], entry[name]) for entry in entries if name in entry]
+        return Line(name, [x for x, _ in points], [y for _, y in points], marker="")
+
+    accepted = sorted({name for entry in entries for name in entry if name.startswith("accept")})
+    save_plot(file, [[Panel("step", "loss", [line("loss")]),
+                      Panel("step", "accepted tokens a round", [line(name) for name in accepted])]], title)
 
 
 def write_head(folder: Path, head: DrafterConfig, state: TrainState) -> None:

@@ -1,4 +1,4 @@
-"""Metrics of a training run: JSON lines, TensorBoard, and a plot of the curve."""
+"""Metrics of a training run: JSON lines and TensorBoard."""
 
 from __future__ import annotations
 
@@ -47,28 +47,3 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
                 break
             raise JetSpecError(f"{file}, line {number} is damaged") from error
     return entries
-
-
-def plot_curve(entries: list[dict[str, float]], file: Path, title: str) -> None:
-    """Loss and accepted lengths against steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    _line(left, entries, "loss", "loss (mean of each interval)")
-    for name in sorted({name for entry in entries for name in entry if name.startswith("accept")}):
-        _line(right, entries, name, name)
-    left.set(xlabel="step", ylabel="loss")
-    right.set(xlabel="step", ylabel="accepted tokens a round")
-    left.legend()
-    right.legend()
-    figure.suptitle(title)
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
-
-
-def _line(axes, entries: list[dict[str, float]], name: str, label: str) -> None:
-    points = [(entry["step"], entry[name]) for entry in entries if name in entry]
-    axes.plot([x for x, _ in points], [y for _, y in points], label=label)
