@@ -73,7 +73,8 @@ def test_runs_in_one_picture(tmp_path, monkeypatch, capsys):
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, entries)) + "\n")
     run(monkeypatch, "heads", "--run", tmp_path / "causal", "--run", tmp_path / "dflash", "--out", tmp_path / "out")
     rows = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [(r["run"], r["step"], r["accept_accum_logp_64"]) for r in rows] == [("causal", 10, 2.5), ("dflash", 10, 2.0)]
+    assert [(r["run"], r["step"], r["accept_accum_logp_64"]) for r in rows] == [
+        ("causal", 10, 2.5), ("dflash", 10, 2.0)]
     assert "| causal | 10 | 1.500 | 2.500 |" in capsys.readouterr().out
     assert (tmp_path / "out" / "heads.png").stat().st_size > 1000
     with pytest.raises(JetSpecError, match=r"holds no metrics\.jsonl"):
