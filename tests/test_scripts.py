@@ -104,3 +104,39 @@ def test_round_cost_reports_phases():
     report = json.loads(done.stdout.splitlines()[-1])
     assert set(report["milliseconds"]) == {"draft", "head commit", "tree", "verify", "accept", "commit", "round"}
     assert all(value > 0 for value in report["milliseconds"].values())
+
+
+def test_benchmark_on_a_users_prompts(tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "Count from one to ten."}\n')
+    done = run("experiments/benchmark.py", "--suite", tmp_path / "mine.jsonl", "--methods",
+               "jetspec,jetspec-chain,lookup",
+               "--budgets", "8,4", "--limit", 1, "--max-new-tokens", 10, "--repeats", 1, "--json",
+               "--out", tmp_path / "o")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert [(row["method"], row["budget"]) for row in rows] == [
+        ("plain", 1), ("jetspec", 4), ("jetspec", 8), ("jetspec-chain", 8), ("lookup", 8)]
+    for row in rows:
+        assert (row["prompts"], row["tokens"], row["temperature"], row["identical"]) == (1, 10, 0, 1)
+        # The first token comes from the prompt, each round brings at least one of the others.
+        assert 1 <= row["rounds"] <= 9
+        assert 9 / row["rounds"] <= row["accepted_length"] <= 8
+        assert row["tokens_per_second"] > 0
+        assert row["speedup"] == pytest.approx(row["tokens_per_second"] / rows[0]["tokens_per_second"])
+        assert sum(row["share"].values()) == pytest.approx(1)
+        assert set(row["share"]) == {"draft", "tree", "verify", "accept"}
+    assert rows[0]["rounds"] == 9
+    assert json.loads((tmp_path / "o" / "results.json").read_text())["rows"] == rows
+    assert len((tmp_path / "o" / "results.md").read_text().splitlines()) == 2 + len(rows)
+    assert (tmp_path / "o" / "scaling.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("--suite", "gsm9k"), "gsm9k"), (("--suite", "gsm8k", "--methods", "magic"), "--methods 'magic'"),
+    (("--suite", "gsm8k", "--budgets", "0"), "--budgets"), (("--suite", "gsm8k", "--limit", 0), "--limit"),
+    (("--suite", "gsm8k", "--methods", "dflash"), "--bidirectional-head")])
+def test_a_benchmark_that_cannot_be_run(arguments, message):
+    done = run("experiments/benchmark.py", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
