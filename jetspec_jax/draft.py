@@ -196,7 +196,7 @@ class HeadDrafter:
     def grow(self, anchor: Array, logits: Array) -> DraftTree:
         """Top-W log-probabilities of each depth [B, G-1, V], then the builder."""
         width = 1 if self._tree.builder == "chain" else self._tree.width
-        return build_tree(self._tree, anchor, *top_logp(logits, width))
+        return build_tree(self._tree, anchor, *top_logp(logits, width), backend=self.head.kernels)
 
     def observe(self, state: HeadState, tapped: Array, path: Array, count: Array) -> HeadState:
         rows = jnp.take_along_axis(tapped, path[:, :, None], axis=1)

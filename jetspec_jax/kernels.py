@@ -15,6 +15,7 @@ from jetspec_jax.config import KernelBackend
 from pallas_kernels import add_norm as add_norm_kernels
 from pallas_kernels import qk_norm_rope as qk_norm_rope_kernels
 from pallas_kernels import tree_attention as tree_attention_kernels
+from pallas_kernels import tree_build as tree_build_kernels
 
 
 def tree_attention(backend: KernelBackend) -> Callable[..., Any]:
@@ -30,6 +31,11 @@ def qk_norm_rope(backend: KernelBackend, **static: Any) -> Callable[..., Any]:
 def add_norm(backend: KernelBackend, eps: float) -> Callable[..., Any]:
     """`pallas_kernels.add_norm` by backend."""
     return _choose("add_norm", add_norm_kernels, backend, (("eps", eps),))
+
+
+def tree_build(backend: KernelBackend, **static: Any) -> Callable[..., Any]:
+    """`pallas_kernels.tree_build` by backend, with its size and kind filled in."""
+    return _choose("tree_build", tree_build_kernels, backend, tuple(sorted(static.items())))
 
 
 @cache  # one function per kernel and sizes, so that all layers share one trace of it
