@@ -14,7 +14,7 @@ from jax import Array
 from jetspec_jax.attention import Attend
 from jetspec_jax.config import TransformerConfig
 from jetspec_jax.kernels import add_norm, qk_norm_rope
-from pallas_kernels.add_norm.reference import rms_norm
+from pallas_kernels.add_norm.reference import put_before, rms_norm
 
 # float32 products must be float32 on every backend (a GPU would otherwise round the operands to TF32).
 PRECISION = jax.lax.Precision.HIGHEST
@@ -46,11 +46,13 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Array) -> Array:
         return rms_norm(x, self.scale, self.config.rms_norm_eps)
 
-    def after_adding(self, x: Array, delta: Array | None) -> tuple[Array, Array]:
-        """(x + delta, its norm); a layer leaves its last residual sum to the norm that reads it."""
+    def after_adding(self, x: Array, delta: Array | None, before: Array | None = None) -> tuple[Array, Array]:
+        """(x + delta, its norm after the rows `before`); a layer leaves its last residual sum to the norm that reads
+        it."""
         if delta is None:
-            return x, self(x)
-        total, normed = add_norm(self.config.kernels, self.config.rms_norm_eps)(x, delta, self.scale)
+            return x, put_before(before, self(x))
+        rows = (x, delta, self.scale) if before is None else (x, delta, self.scale, before)
+        total, normed = add_norm(self.config.kernels, self.config.rms_norm_eps)(*rows)
         return total, normed
 
 
@@ -183,9 +185,7 @@ class DecoderLayer(nn.Module):
         Returns:
             (x [B, N, D] and delta [B, N, D], whose sum is the layer's output; k, v [B, M, K, C]).
         """
-        x, rows = self.input_layernorm.after_adding(x, delta)
-        if extra is not None:
-            rows = jnp.concatenate([extra, rows], axis=1)
+        x, rows = self.input_layernorm.after_adding(x, delta, extra)
         with jax.named_scope("attention"):
             attended, k, v = self.attention(rows, context, layer, x.shape[1])
         x, normed = self.post_attention_layernorm.after_adding(x, attended)

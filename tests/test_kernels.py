@@ -176,17 +176,20 @@ def test_norm_and_rotation_by_hand():
 def test_add_norm(shape, dtype):
     rng = np.random.default_rng(0)
     x, delta, scale = (jnp.asarray(rng.standard_normal(s) * 0.5, dtype) for s in (shape, shape, shape[-1:]))
-    found = add_norm.pallas.add_norm(x, delta, scale, 1e-6, interpret=True)
-    for a, b in zip(found, add_norm.reference.add_norm(x, delta, scale, 1e-6), strict=True):
-        assert a.dtype == dtype
-        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), atol=TOLERANCE[dtype])
+    before = jnp.asarray(rng.standard_normal((shape[0], 3, shape[2])), dtype)
+    for rows in ((x, delta, scale), (x, delta, scale, before)):
+        found = add_norm.pallas.add_norm(*rows, eps=1e-6, interpret=True)
+        for a, b in zip(found, add_norm.reference.add_norm(*rows, eps=1e-6), strict=True):
+            assert (a.dtype, a.shape) == (dtype, b.shape)
+            np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), atol=TOLERANCE[dtype])
 
 
 def test_add_norm_by_hand():
     total, normed = add_norm.reference.add_norm(jnp.asarray([[[1.0, 2.0]]]), jnp.asarray([[[2.0, 2.0]]]),
-                                                jnp.asarray([1.0, 3.0]), 0.0)
+                                                jnp.asarray([1.0, 3.0]), jnp.asarray([[[7.0, 8.0]]]), eps=0.0)
+    assert normed[0, 0].tolist() == [7.0, 8.0]
     assert total.tolist() == [[[3.0, 4.0]]]
-    np.testing.assert_allclose(normed[0, 0], [3 / np.sqrt(12.5), 12 / np.sqrt(12.5)])
+    np.testing.assert_allclose(normed[0, 1], [3 / np.sqrt(12.5), 12 / np.sqrt(12.5)])
 
 
 @pytest.mark.parametrize(("kernel", "shape", "reason"), [
@@ -196,6 +199,6 @@ def test_sizes_that_are_not_taken(kernel, shape, reason):
     half = jnp.zeros((1, 1, 6), jnp.float32)
     with pytest.raises(NotImplementedError, match=reason):
         if kernel is add_norm:
-            add_norm.pallas.add_norm(x, x, x[0, 0], 1e-6)
+            add_norm.pallas.add_norm(x, x, x[0, 0], eps=1e-6)
         else:
             qk_norm_rope.pallas.qk_norm_rope(x, None, None, half, half, 1, 1, 1, 1e-6)

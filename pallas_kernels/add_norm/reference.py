@@ -15,16 +15,23 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     return wide.astype(x.dtype) * scale.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
-def add_norm(x: Array, delta: Array, scale: Array, eps: float) -> tuple[Array, Array]:
+def add_norm(x: Array, delta: Array, scale: Array, before: Array | None = None, *,
+             eps: float) -> tuple[Array, Array]:
     """x + delta, and its norm.
 
     Args:
         x, delta: [B, N, D].
         scale: [D].
+        before: [B, E, D], rows that are put before the normed ones as they are.
         eps: of the norm.
 
     Returns:
-        (sum [B, N, D], normed [B, N, D]).
+        (sum [B, N, D], normed [B, E + N, D]).
     """
     total = x + delta
-    return total, rms_norm(total, scale, eps)
+    return total, put_before(before, rms_norm(total, scale, eps))
+
+
+def put_before(before: Array | None, rows: Array) -> Array:
+    """[B, E, D] and [B, N, D] -> [B, E + N, D]."""
+    return rows if before is None else jnp.concatenate([before, rows], axis=1)
