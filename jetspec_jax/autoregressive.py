@@ -18,7 +18,8 @@ from jax import Array, lax
 from jetspec_jax.attention import Attend, attend, attend_with, pack_bits
 from jetspec_jax.cache import KVCache
 from jetspec_jax.config import AutoregressiveHeadConfig, KernelBackend, TargetConfig, TreeConfig
-from jetspec_jax.draft import Params, Prompt, top_logp
+from jetspec_jax.draft import Params, Prompt
+from jetspec_jax.kernels import top_w
 from jetspec_jax.layers import AttentionContext, DecoderLayer, RMSNorm, dense, rotary_tables
 from jetspec_jax.target import target_embed, target_logits
 from jetspec_jax.tree import DraftTree, assemble_tree
@@ -198,7 +199,8 @@ class AutoregressiveDrafter:
         """The W most likely next tokens of each row and their log-probabilities."""
         with jax.named_scope("lm_head"):
             logits = target_logits(self.target, params.target, hidden.astype(self.target.jnp_dtype))
-        return top_logp(logits, self._width)
+        tokens, logp = top_w(self.head.kernels, width=self._width)(logits)
+        return tokens, logp
 
     def propose(self, params: Params, state: AutoregressiveState, tokens: Array,
                 position: Array) -> tuple[DraftTree, AutoregressiveState]:

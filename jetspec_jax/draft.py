@@ -8,12 +8,12 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import Array, lax
+from jax import Array
 
 from jetspec_jax.cache import KVCache
 from jetspec_jax.config import HeadConfig, TargetConfig, TreeConfig
 from jetspec_jax.head import head_context, head_forward
-from jetspec_jax.sampling import argmax_last
+from jetspec_jax.kernels import top_w
 from jetspec_jax.target import target_embed, target_logits
 from jetspec_jax.tree import DraftTree, build_tree, root_only, tree_capacity
 
@@ -73,16 +73,6 @@ class Drafter(Protocol):
 def anchor_of(tokens: Array, position: Array) -> Array:
     """The token of each sequence [B, S] at its position int32 [B]."""
     return jnp.take_along_axis(tokens, position[:, None], axis=1)[:, 0]
-
-
-def top_logp(logits: Array, width: int) -> tuple[Array, Array]:
-    """The W most likely tokens of logits [..., V], most likely first, and their log-probabilities, [..., W] each."""
-    if width == 1:
-        tokens = argmax_last(logits)[..., None]
-        top = jnp.take_along_axis(logits, tokens, axis=-1)
-    else:
-        top, tokens = lax.top_k(logits, width)
-    return tokens, top - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
 
 
 @dataclass(frozen=True)
@@ -184,19 +174,20 @@ class HeadDrafter:
 
     def draft_logits(self, params: Params, state: HeadState, anchor: Array,
                      position: Array) -> tuple[Array, Array, Array]:
-        """The head's forward: logits [B, G-1, V], and keys and values of the pending rows."""
+        """The head's forward: logits [B, G, V], row 0 unused, and keys and values of the pending rows."""
         masks = jnp.full((anchor.shape[0], self.head.block_size - 1), self.head.mask_token_id, jnp.int32)
         slots = jnp.concatenate([anchor[:, None], masks], axis=1)
         block = target_embed(self.target, params.target, slots).astype(self.head.jnp_dtype)
         out = head_forward(self.head, params.head, block, position, state.pending.astype(self.head.jnp_dtype),
                            state.pending_count, state.cache)
-        hidden = out.hidden[:, 1:].astype(self.target.jnp_dtype)
-        return target_logits(self.target, params.target, hidden), out.k, out.v
+        # All G rows: the product costs a GPU the same, and a slice of its result would be a copy.
+        return target_logits(self.target, params.target, out.hidden.astype(self.target.jnp_dtype)), out.k, out.v
 
     def grow(self, anchor: Array, logits: Array) -> DraftTree:
-        """Top-W log-probabilities of each depth [B, G-1, V], then the builder."""
+        """Top-W log-probabilities of each depth from logits [B, G, V], row 0 unused, then the builder."""
         width = 1 if self._tree.builder == "chain" else self._tree.width
-        return build_tree(self._tree, anchor, *top_logp(logits, width), backend=self.head.kernels)
+        tokens, logp = top_w(self.head.kernels, width=width, skip=1)(logits)
+        return build_tree(self._tree, anchor, tokens, logp, self.head.kernels)
 
     def observe(self, state: HeadState, tapped: Array, path: Array, count: Array) -> HeadState:
         rows = jnp.take_along_axis(tapped, path[:, :, None], axis=1)

@@ -13,7 +13,9 @@ from jax import lax
 
 from jetspec_jax.config import KernelBackend
 from pallas_kernels import add_norm as add_norm_kernels
+from pallas_kernels import gated_product as gated_product_kernels
 from pallas_kernels import qk_norm_rope as qk_norm_rope_kernels
+from pallas_kernels import top_w as top_w_kernels
 from pallas_kernels import tree_attention as tree_attention_kernels
 from pallas_kernels import tree_build as tree_build_kernels
 
@@ -31,6 +33,16 @@ def qk_norm_rope(backend: KernelBackend, **static: Any) -> Callable[..., Any]:
 def add_norm(backend: KernelBackend, eps: float) -> Callable[..., Any]:
     """`pallas_kernels.add_norm` by backend."""
     return _choose("add_norm", add_norm_kernels, backend, (("eps", eps),))
+
+
+def gated_product(backend: KernelBackend) -> Callable[..., Any]:
+    """`pallas_kernels.gated_product` by backend."""
+    return _choose("gated_product", gated_product_kernels, backend)
+
+
+def top_w(backend: KernelBackend, **static: Any) -> Callable[..., Any]:
+    """`pallas_kernels.top_w` by backend, with its sizes filled in."""
+    return _choose("top_w", top_w_kernels, backend, tuple(sorted(static.items())))
 
 
 def tree_build(backend: KernelBackend, **static: Any) -> Callable[..., Any]:

@@ -13,8 +13,9 @@ from jax import Array
 
 from jetspec_jax.attention import Attend
 from jetspec_jax.config import TransformerConfig
-from jetspec_jax.kernels import add_norm, qk_norm_rope
+from jetspec_jax.kernels import add_norm, gated_product, qk_norm_rope
 from pallas_kernels.add_norm.reference import put_before, rms_norm
+from pallas_kernels.gated_product.reference import gate
 
 # float32 products must be float32 on every backend (a GPU would otherwise round the operands to TF32).
 PRECISION = jax.lax.Precision.HIGHEST
@@ -74,9 +75,10 @@ def rotary_tables(positions: Array, head_dim: int, theta: float, dtype: jnp.dtyp
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def dense(config: TransformerConfig, features: int, bias: bool = False) -> nn.Dense:
-    """A projection as every part of a model has it."""
-    product = None if config.product_dtype is None else partial(rounded_dot_general, jnp.dtype(config.product_dtype))
+def dense(config: TransformerConfig, features: int, bias: bool = False, product: Any = None) -> nn.Dense:
+    """A projection as every part of a model has it; `product` stands in for `lax.dot_general`."""
+    if product is None and config.product_dtype is not None:
+        product = partial(rounded_dot_general, jnp.dtype(config.product_dtype))
     return nn.Dense(features, use_bias=bias, dtype=config.jnp_dtype, param_dtype=config.jnp_dtype, precision=PRECISION,
                     kernel_init=nn.initializers.normal(0.02), dot_general=product)
 
@@ -152,12 +154,19 @@ class MLP(nn.Module):
     config: TransformerConfig
 
     def setup(self) -> None:
-        self.gate_up_proj = dense(self.config, 2 * self.config.intermediate_size)
-        self.down_proj = dense(self.config, self.config.hidden_size)
+        c = self.config
+        self.gate_up_proj = dense(c, 2 * c.intermediate_size, product=self._gated_product)
+        self.down_proj = dense(c, c.hidden_size)
 
     def __call__(self, x: Array) -> Array:
-        gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
-        return self.down_proj(nn.silu(gate) * up)
+        return self.down_proj(self.gate_up_proj(x))
+
+    def _gated_product(self, x: Array, w: Array, *_: Any, **__: Any) -> Array:
+        """x [B, N, D] and both matrices [D, 2F] -> [B, N, F]; the gate is applied where the product is made."""
+        if self.config.product_dtype is not None:
+            return gate(rounded_product(jnp.dtype(self.config.product_dtype), x, w))
+        gated: Array = gated_product(self.config.kernels)(x, w)
+        return gated
 
 
 class DecoderLayer(nn.Module):

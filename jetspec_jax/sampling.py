@@ -13,8 +13,7 @@ from flax import struct
 from jax import Array, lax
 
 from jetspec_jax.config import SamplingParams
-
-BLOCK = 64  # divides the usual vocabularies
+from pallas_kernels.top_w.reference import argmax_last
 
 
 @struct.dataclass
@@ -62,26 +61,6 @@ def choose(sampler: Sampler, logits: Array, keys: Array, position: Array, offset
 
     drawn = jax.vmap(noise)(keys, position)
     return argmax_last(logp + jnp.take_along_axis(drawn, offset[:, :, None], axis=1))
-
-
-def argmax_last(x: Array) -> Array:
-    """First index of the maximum over the last axis, int32.
-
-    One pass over x takes the maximum of each block of `BLOCK` values, which vectorises where an argmax over the whole
-    vocabulary does not; the rest looks at the winning block alone.
-    """
-    blocks = x.shape[-1] // BLOCK
-    if blocks < 2:
-        return jnp.argmax(x, axis=-1).astype(jnp.int32)
-    grouped = x[..., :blocks * BLOCK].reshape(*x.shape[:-1], blocks, BLOCK)
-    block = jnp.argmax(jnp.max(grouped, axis=-1), axis=-1).astype(jnp.int32)
-    winner = jnp.take_along_axis(grouped, block[..., None, None], axis=-2)[..., 0, :]
-    index = block * BLOCK + jnp.argmax(winner, axis=-1).astype(jnp.int32)
-    if blocks * BLOCK == x.shape[-1]:
-        return index
-    tail = x[..., blocks * BLOCK:]
-    in_tail = jnp.max(tail, axis=-1) > jnp.max(winner, axis=-1)
-    return jnp.where(in_tail, blocks * BLOCK + jnp.argmax(tail, axis=-1).astype(jnp.int32), index)
 
 
 def warp(sampler: Sampler, logits: Array) -> Array:

@@ -65,7 +65,7 @@ class TableDrafter(HeadDrafter):
     def draft_logits(self, params, state, anchor, position):
         _, k, v = super().draft_logits(params.replace(head=params.head["real"]), state, anchor, position)
         table = params.head["table"]
-        at = position[:, None] + jnp.arange(1, self.head.block_size, dtype=jnp.int32)[None, :]
+        at = position[:, None] + jnp.arange(self.head.block_size, dtype=jnp.int32)[None, :]
         return table[jnp.minimum(at, table.shape[0] - 1)], k, v
 
     def read_prompt(self, params, state, prompt, tapped, start):

@@ -61,7 +61,7 @@ def first_draft(pair, prompt, chunk):
     state = create_state(decoder, 1, 256, sampler, jnp.asarray([-1], jnp.int32))
     state = insert(decoder, state, prefix, jnp.zeros((1,), jnp.int32), tokens, count,
                    jnp.asarray([200], jnp.int32), keys)
-    return drafter.draft_logits(pair.params, state.drafter, prefix.first_token, count)[0][0]
+    return drafter.draft_logits(pair.params, state.drafter, prefix.first_token, count)[0][0, 1:]
 
 
 @pytest.mark.parametrize("chunk", [32, 128])

@@ -10,7 +10,7 @@ import pytest
 from jetspec_jax import TreeConfig
 from jetspec_jax.attention import causal_bits, pack_bits
 from jetspec_jax.tree import build_tree
-from pallas_kernels import add_norm, qk_norm_rope
+from pallas_kernels import add_norm, gated_product, qk_norm_rope, top_w, tree_build
 from pallas_kernels.tree_attention import pallas, reference
 from pallas_kernels.tree_attention.config import TreeAttentionConfig, choose_config
 
@@ -202,3 +202,58 @@ def test_sizes_that_are_not_taken(kernel, shape, reason):
             add_norm.pallas.add_norm(x, x, x[0, 0], eps=1e-6)
         else:
             qk_norm_rope.pallas.qk_norm_rope(x, None, None, half, half, 1, 1, 1, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("batch", "rows", "size", "features"), [
+    (1, 1, 32, 16), (2, 5, 48, 96), (1, 64, 128, 192), (3, 100, 16, 32)])
+def test_gated_product(batch, rows, size, features, dtype):
+    """The last case has more rows than the kernel takes."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((batch, rows, size)), dtype)
+    weight = jnp.asarray(rng.standard_normal((size, 2 * features)) / np.sqrt(4 * size), dtype)
+    found = gated_product.pallas.gated_product(x, weight, interpret=True)
+    again = gated_product.pallas.gated_product(x, weight, interpret=True)
+    expected = gated_product.reference.gated_product(x, weight)
+    assert (found.dtype, found.shape) == (dtype, (batch, rows, features))
+    np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(again, np.float32))
+    np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(expected, np.float32), atol=TOLERANCE[dtype])
+
+
+def test_gated_product_by_hand():
+    """x = 2: gate 1 and -1 times x, up 3 and 5 times x."""
+    found = gated_product.reference.gated_product(jnp.asarray([[[2.0]]]), jnp.asarray([[1.0, -1.0, 3.0, 5.0]]))
+    np.testing.assert_allclose(found[0, 0], [2 / (1 + np.exp(-2)) * 6, -2 / (1 + np.exp(2)) * 10])
+
+
+def test_gated_product_fills_an_h100():
+    """Columns of F per block: for Qwen3's widths one or few waves over 132 multiprocessors."""
+    pieces = {features: gated_product.pallas.choose_pieces(features) for features in (3072, 6144, 12288, 25600)}
+    assert pieces[12288] == (64, 32)  # 128 blocks
+    for features, chosen in pieces.items():
+        waves = features / sum(chosen) / 132
+        assert waves / np.ceil(waves) > 0.7
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("batch", "rows", "skip", "vocabulary", "width"), [
+    (1, 16, 1, 300, 7), (2, 3, 0, 23, 16), (1, 2, 0, 10000, 5), (1, 2, 1, 4096, 1), (1, 1, 0, 4097, 4)])
+def test_top_w(batch, rows, skip, vocabulary, width, tied):
+    """Also a last piece with fewer logits than W, and equal logits within a piece and across pieces."""
+    rng = np.random.default_rng(0)
+    logits = rng.integers(-3, 3, (batch, rows, vocabulary)) if tied else rng.standard_normal((batch, rows, vocabulary))
+    logits = jnp.asarray(logits, jnp.float32)
+    tokens, logp = top_w.pallas.top_w(logits, width, skip, interpret=True)
+    again = top_w.pallas.top_w(logits, width, skip, interpret=True)
+    expected = top_w.reference.top_w(logits, width, skip)
+    assert tokens.dtype == jnp.int32
+    assert tokens.shape == logp.shape == (batch, rows - skip, width)
+    np.testing.assert_array_equal(tokens, expected[0])
+    np.testing.assert_allclose(logp, expected[1], atol=1e-5)
+    np.testing.assert_array_equal(logp, again[1])
+
+
+def test_top_w_by_hand():
+    tokens, logp = top_w.reference.top_w(jnp.log(jnp.asarray([[[1.0, 1.0, 1.0], [0.1, 0.6, 0.3]]])), 2, 1)
+    assert tokens.tolist() == [[[1, 2]]]
+    np.testing.assert_allclose(logp, np.log([[[0.6, 0.3]]]))
