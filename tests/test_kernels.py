@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -257,3 +259,53 @@ def test_top_w_by_hand():
     tokens, logp = top_w.reference.top_w(jnp.log(jnp.asarray([[[1.0, 1.0, 1.0], [0.1, 0.6, 0.3]]])), 2, 1)
     assert tokens.tolist() == [[[1, 2]]]
     np.testing.assert_allclose(logp, np.log([[[0.6, 0.3]]]))
+
+
+def random_draft(rng, batch, depths, width, tied):
+    """Tokens and log-probabilities [B, G-1, W], most likely first; ties within and across depths where wanted."""
+    logp = rng.integers(-3, 1, (batch, depths, width)) * 0.5 if tied \
+        else np.log(rng.dirichlet(np.ones(width + 3), (batch, depths))[..., :width])
+    tokens = np.stack([rng.permuted(np.arange(width + 5))[:width] for _ in range(batch * depths)])
+    return (jnp.asarray(rng.integers(0, 99, batch), jnp.int32),
+            jnp.asarray(tokens.reshape(batch, depths, width), jnp.int32),
+            jnp.asarray(np.sort(logp)[..., ::-1].copy(), jnp.float32))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("best_first", [False, True])
+@pytest.mark.parametrize(("depths", "width", "nodes"), [
+    (15, 7, 256), (7, 4, 16), (5, 16, 33), (15, 1, 16), (1, 5, 6), (4, 3, 1), (4, 3, 2), (2, 3, 13)])
+def test_tree_build(depths, width, nodes, best_first, tied):
+    """A chain (width 1), a star (one depth), N = 1, budgets that are no multiple of W, whole trees; three sequences."""
+    arguments = random_draft(np.random.default_rng(nodes), 3, depths, width, tied)
+    size = {"nodes": nodes, "best_first": best_first}
+    build = jax.jit(partial(tree_build.pallas.tree_build, interpret=True, **size))
+    for found, again, expected in zip(build(*arguments), build(*arguments),
+                                      tree_build.reference.tree_build(*arguments, **size), strict=True):
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(found, again)
+
+
+def test_trees_of_impossible_tokens():
+    """Log-probabilities of minus infinity still order and add."""
+    anchor, tokens, logp = random_draft(np.random.default_rng(0), 1, 3, 4, tied=False)
+    logp = logp.at[:, 1:].set(-jnp.inf)
+    for best_first in (False, True):
+        size = {"nodes": 20, "best_first": best_first}
+        found = tree_build.pallas.tree_build(anchor, tokens, logp, **size, interpret=True)
+        for a, b in zip(found, tree_build.reference.tree_build(anchor, tokens, logp, **size), strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert int(found[-1][0]) == 20
+
+
+@pytest.mark.parametrize("kernel", ["tree_build", "top_w", "gated_product"])
+def test_kernels_that_do_not_take_float64(kernel):
+    x = jnp.zeros((1, 2, 16))
+    with pytest.raises(NotImplementedError, match="float64"):
+        if kernel == "tree_build":
+            tree_build.pallas.tree_build(x[0, :1, 0].astype(jnp.int32), x.astype(jnp.int32), x, 8, False)
+        elif kernel == "top_w":
+            top_w.pallas.top_w(x, 2)
+        else:
+            gated_product.pallas.gated_product(x, x[0].T)
