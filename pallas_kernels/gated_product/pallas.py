@@ -56,7 +56,7 @@ def gated_product(x: Array, weight: Array, *, interpret: bool = False) -> Array:
     out = pl.pallas_call(
         partial(_kernel, block=block, depth=depth, pieces=pieces), grid=(features // sum(pieces),),
         in_specs=[whole] * 2, out_specs=whole, out_shape=jax.ShapeDtypeStruct((rows, features), x.dtype),
-        compiler_params=pltriton.CompilerParams(num_warps=max(4, block // 16), num_stages=3 if block > 128 else 4),
+        compiler_params=pltriton.CompilerParams(num_warps=8 if block > 64 else 4, num_stages=3 if block > 128 else 4),
         interpret=interpret, name="gated_product")(x.reshape(rows, size), weight)
     return out.reshape(batch, queries, features)
 

@@ -21,6 +21,7 @@ from pallas_kernels.tree_attention.config import WORD, TreeAttentionConfig, choo
 
 LOWEST = -1e30  # stands for -inf where a difference of two must not be NaN
 LOG2_E = 1.4426950408889634
+COMBINED_ROWS = 8  # rows per block of the second launch: many small blocks
 
 
 def tree_attention(q: Array, new_k: Array, new_v: Array, visible: Array, cache_k: Array, cache_v: Array,
@@ -64,9 +65,11 @@ def tree_attention(q: Array, new_k: Array, new_v: Array, visible: Array, cache_k
         interpret=interpret, name="tree_attention",
     )(jnp.asarray(layer, jnp.int32).reshape(1), cached, rows, new_k, new_v, bits, cache_k, cache_v)
     if config.splits > 1:
+        few = min(config.nodes, max(1, COMBINED_ROWS // wide))  # nodes per block
         found = pl.pallas_call(
-            partial(_combine, config=config, kv_heads=kv_heads), grid=(blocks, batch * kv_heads),
-            in_specs=[whole] * 3, out_specs=whole, out_shape=jax.ShapeDtypeStruct(rows.shape, q.dtype),
+            partial(_combine, nodes=few, splits=config.splits, kv_heads=kv_heads),
+            grid=(-(-rows.shape[1] // few), batch * kv_heads), in_specs=[whole] * 3, out_specs=whole,
+            out_shape=jax.ShapeDtypeStruct(rows.shape, q.dtype),
             compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=1), interpret=interpret,
             name="tree_attention_combine")(*found)
     return found[:, :queries, :, :group].reshape(batch, queries, heads, width)
@@ -146,16 +149,16 @@ def _combine(
     total_ref,  # [B*K, splits, rows, C]
     norm_ref, peak_ref,  # [B*K, splits, rows]
     out_ref,  # [B, N, K, g, C]
-    *, config: TreeAttentionConfig, kv_heads: int,
+    *, nodes: int, splits: int, kv_heads: int,
 ) -> None:
-    """Brings the splits' partial softmaxes to one peak and adds them."""
+    """Brings the splits' partial softmaxes of a few nodes to one peak and adds them."""
     block, which = pl.program_id(0), pl.program_id(1)
     b, head = lax.div(which, jnp.int32(kv_heads)), lax.rem(which, jnp.int32(kv_heads))
-    nodes, group, width = config.nodes, out_ref.shape[3], out_ref.shape[4]
+    group, width = out_ref.shape[3], out_ref.shape[4]
     lines = nodes * group
     total, norm = jnp.zeros((lines, width), jnp.float32), jnp.zeros((lines,), jnp.float32)
     peak = jnp.full((lines,), LOWEST, jnp.float32)
-    for split in range(config.splits):
+    for split in range(splits):
         at = (pl.ds(which, 1), pl.ds(split, 1), pl.ds(block * lines, lines))
         theirs = peak_ref[at].reshape(lines)
         new_peak = jnp.maximum(peak, theirs)
