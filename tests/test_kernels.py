@@ -108,6 +108,13 @@ def test_split_keys_are_combined(splits, cached):
     compare(inputs(rng, jnp.float32, random_tree(rng, 2, 19), 4, 2, 16, 256, [cached, 77]), jnp.float32, config)
 
 
+@pytest.mark.parametrize("heads", [1, 4, 16])
+def test_split_keys_of_a_lone_query(heads):
+    config = TreeAttentionConfig(nodes=max(1, 16 // heads), keys=16, splits=4, warps=4, stages=2)
+    compare(inputs(np.random.default_rng(0), jnp.float32, np.ones((2, 1, 1), bool), heads, 1, 16, 64, [40, 3]),
+            jnp.float32, config)
+
+
 def test_slots_beyond_the_prefix_are_not_read():
     arguments = list(inputs(np.random.default_rng(0), jnp.float32, np.ones((1, 1, 1), bool), 2, 1, 16, 64, [16]))
     expected = reference.tree_attention(*arguments)

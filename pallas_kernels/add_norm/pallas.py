@@ -53,12 +53,12 @@ def _kernel(
 
     if extra:
         @pl.when(row < extra)
-        def _():
+        def copy():
             for i in range(size // chunk):
                 normed_ref[place(row, i)] = refs[0][place(row, i)]
 
     @pl.when(row >= extra)
-    def _():
+    def add():
         at = partial(place, row - extra)
 
         # A chunk is summed once where it is the whole row; else the second pass sums again (from the cache).

@@ -40,7 +40,7 @@ def tree_build(anchor: Array, tokens: Array, logp: Array, nodes: int, best_first
     whole = pl.BlockSpec(memory_space=pl.ANY)
     shapes = [jax.ShapeDtypeStruct((batch, nodes), dtype) for dtype in (jnp.int32, jnp.int32, jnp.int32, jnp.float32)]
     shapes += [jax.ShapeDtypeStruct((batch, nodes, words), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)]
-    warps = min(16, max(1, lanes * pl.next_power_of_2(words) // (32 * BITS_PER_THREAD)))
+    warps = min(8, max(1, lanes * pl.next_power_of_2(words) // (32 * BITS_PER_THREAD)))
     token, parent, depth, score, ancestors, size = pl.pallas_call(
         partial(_kernel, lanes=lanes, best_first=best_first), grid=(batch,), in_specs=[whole] * 3,
         out_specs=[whole] * 6, out_shape=shapes,
@@ -79,7 +79,7 @@ def _kernel(
             at = found & (lane == filled + w)
             token, score = jnp.where(at, child_token, token), jnp.where(at, child_score, score)
         here = found & (lane >= filled) & (lane < filled + len(children))
-        path = jnp.sum(jnp.where(line == best, bits, 0), axis=0, dtype=jnp.int32).reshape(1, columns)  # the parent's ancestors
+        path = jnp.sum(jnp.where(line == best, bits, 0), axis=0, dtype=jnp.int32).reshape(1, columns)  # of the parent
         below = found & (line >= filled) & (line < filled + len(children))
         return here, (token, jnp.where(here, best, parent), jnp.where(here, level + 1, depth), score,
                       bits | jnp.where(below, path, 0), filled + jnp.where(found, jnp.int32(len(children)), 0))
