@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
@@ -12,14 +13,34 @@ import jax
 from jax import lax
 
 from jetspec_jax.config import KernelBackend
+from jetspec_jax.errors import JetSpecError
 from pallas_kernels import add_norm as add_norm_kernels
 from pallas_kernels import qk_norm_rope as qk_norm_rope_kernels
 from pallas_kernels import tree_attention as tree_attention_kernels
 
 
 def tree_attention(backend: KernelBackend) -> Callable[..., Any]:
-    """`pallas_kernels.tree_attention` by backend."""
+    """`pallas_kernels.tree_attention` by backend; the only kernel that is also there in plain Triton.
+
+    Raises:
+        JetSpecError: Triton was asked for and is not installed.
+    """
+    if backend in ("triton", "triton_interpret"):
+        return _triton_tree_attention(interpret=backend == "triton_interpret")
     return _choose("tree_attention", tree_attention_kernels, backend)
+
+
+@cache
+def _triton_tree_attention(interpret: bool) -> Callable[..., Any]:
+    """Imported when asked for: Triton is an optional dependency."""
+    try:
+        importlib.import_module("torch" if interpret else "jax_triton")
+        module = importlib.import_module("pallas_kernels.tree_attention.triton")
+    except ImportError as reason:
+        extra = "test,parity" if interpret else "gpu"
+        raise JetSpecError(f"kernels {'triton_interpret' if interpret else 'triton'!r} cannot be had ({reason}): install "
+                           f"jetspec-jax[{extra}]") from reason
+    return partial(module.tree_attention, interpret=interpret)
 
 
 def qk_norm_rope(backend: KernelBackend, **static: Any) -> Callable[..., Any]:
@@ -43,7 +64,7 @@ def _choose(name: str, folder: ModuleType, backend: KernelBackend, static: tuple
     if backend == "reference":
         return reference
     if backend != "auto":
-        return partial(kernel, interpret=backend == "pallas_interpret")
+        return partial(kernel, interpret=backend in ("pallas_interpret", "triton_interpret"))
 
     @jax.jit
     def kernel_or_reference(*arrays: Any) -> Any:
