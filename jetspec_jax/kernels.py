@@ -33,12 +33,13 @@ def tree_attention(backend: KernelBackend) -> Callable[..., Any]:
 @cache
 def _triton_tree_attention(interpret: bool) -> Callable[..., Any]:
     """Imported when asked for: Triton is an optional dependency."""
+    backend, needed, extra = (("triton_interpret", "torch", "test,parity") if interpret else
+                              ("triton", "jax_triton", "gpu"))
     try:
-        importlib.import_module("torch" if interpret else "jax_triton")
+        importlib.import_module(needed)
         module = importlib.import_module("pallas_kernels.tree_attention.triton")
     except ImportError as reason:
-        extra = "test,parity" if interpret else "gpu"
-        raise JetSpecError(f"kernels {'triton_interpret' if interpret else 'triton'!r} cannot be had ({reason}): install "
+        raise JetSpecError(f"kernels {backend!r} cannot run here ({str(reason).splitlines()[0]}): install "
                            f"jetspec-jax[{extra}]") from reason
     return partial(module.tree_attention, interpret=interpret)
 
