@@ -11,14 +11,14 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-DUMPS = tempfile.TemporaryDirectory(prefix="triton")
-os.environ["JAX_TRITON_DUMP_DIR"] = DUMPS.name  # jax-triton reads it when it is imported
+os.environ["JAX_TRITON_DUMP_DIR"] = tempfile.mkdtemp(prefix="jax_triton_")  # read when jax-triton is imported
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # there is no driver whose version could be checked
 
 import jax
@@ -30,6 +30,7 @@ from jax.experimental import topologies
 from jetspec_jax.config import PRESETS
 from pallas_kernels.tree_attention import pallas, triton
 
+DUMPS = Path(os.environ["JAX_TRITON_DUMP_DIR"])
 H100 = Path(__file__).parents[1] / "tests/data/h100/h100_sxm.txtpb"
 # The newest of the wheel's assemblers; it knows the H100 as well.
 PTXAS = Path(triton_package.__file__).parent / "backends/nvidia/bin/ptxas-blackwell"
@@ -38,7 +39,9 @@ SLOTS = 4352
 
 
 def main(queries: list[int], as_json: bool) -> None:
-    found = [{"queries": n, "lowering": name, **examine(kernel, n)} for n in queries for name, kernel in LOWERINGS.items()]
+    found = [{"queries": n, "lowering": name, **examine(kernel, n)} for n in queries
+             for name, kernel in LOWERINGS.items()]
+    shutil.rmtree(DUMPS)
     if as_json:
         print(json.dumps(found))
         return
@@ -46,9 +49,9 @@ def main(queries: list[int], as_json: bool) -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for row in found:
         for kernel in row["kernels"]:
-            print(f"| {row['queries']} | {row['lowering']} | {row['launches']} | {kernel['name']} | {kernel['registers']} "
-                  f"| {kernel['spill_bytes']} | {kernel['shared_bytes'] / 1024:.0f} | {kernel['wgmma']} "
-                  f"| {'yes' if kernel['serialized'] else 'no'} |")
+            print(f"| {row['queries']} | {row['lowering']} | {row['launches']} | {kernel['name']} "
+                  f"| {kernel['registers']} | {kernel['spill_bytes']} | {kernel['shared_bytes'] / 1024:.0f} "
+                  f"| {kernel['wgmma']} | {'yes' if kernel['serialized'] else 'no'} |")
 
 
 def arguments(queries: int) -> list[jax.ShapeDtypeStruct]:
@@ -68,13 +71,13 @@ def arguments(queries: int) -> list[jax.ShapeDtypeStruct]:
 
 def examine(kernel: Callable[..., Array], queries: int) -> dict[str, Any]:
     """Compiles one lowering: launches, and what each of its kernels takes."""
-    before = set(Path(DUMPS.name).rglob("*.ptx"))
+    before = set(DUMPS.rglob("*.ptx"))
     with tempfile.TemporaryDirectory() as folder:
         jax.jit(kernel).trace(*arguments(queries)).lower(lowering_platforms=("cuda",)).compile(
             compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         launches = next(Path(folder).glob("*.thunk_sequence.txt")).read_text()
         kernels = list(by_pallas(Path(folder), launches))
-    kernels += by_triton(set(Path(DUMPS.name).rglob("*.ptx")) - before)
+    kernels += by_triton(set(DUMPS.rglob("*.ptx")) - before)
     return {"launches": len(re.findall(r"^\d+: ", launches, re.MULTILINE)), "kernels": sorted(
         kernels, key=lambda k: k["name"])}
 
@@ -100,7 +103,8 @@ def assemble(name: str, ptx: str, shared_bytes: int) -> dict[str, Any]:
     report = done.stdout + done.stderr
     return {"name": name, "registers": max(map(int, re.findall(r"Used (\d+) registers", report))),
             "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", report))), "shared_bytes": shared_bytes,
-            "wgmma": ptx.count("wgmma.mma_async"), "serialized": "wgmma.mma_async instructions are serialized" in report}
+            "wgmma": ptx.count("wgmma.mma_async"),
+            "serialized": "wgmma.mma_async instructions are serialized" in report}
 
 
 if __name__ == "__main__":

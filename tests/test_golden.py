@@ -98,7 +98,8 @@ def test_whole_runs(pairs, name, case):
 
 
 @pytest.mark.parametrize(("name", "kernels", "tokens"), [
-    ("dense", "pallas_interpret", 24), ("tied_bidirectional", "pallas_interpret", 24), ("dense", "triton_interpret", 8)])
+    ("dense", "pallas_interpret", 24), ("tied_bidirectional", "pallas_interpret", 24),
+    ("dense", "triton_interpret", 8)])
 def test_whole_runs_with_the_kernels_interpreted(pairs, name, kernels, tokens):
     """Prompt, drafts and trees through the GPU kernels give the reference's tokens and accepted lengths."""
     if kernels == "triton_interpret":

@@ -1,4 +1,4 @@
-"""The attention in plain Triton: how it is chosen, and what its compiler makes of it. (What it computes: test_kernels.)"""
+"""The attention in plain Triton: how it is chosen, and what is compiled. (What it computes is in test_kernels.py.)"""
 
 import json
 import os

@@ -199,7 +199,9 @@ def _interpreted(kernel: Any, inputs: tuple[Array, ...], outputs: list[jax.Shape
     import torch
 
     def tensor(x: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16) if x.dtype == jnp.bfloat16 else torch.from_numpy(x)
+        if x.dtype == jnp.bfloat16:  # unknown to NumPy, so torch takes its bits
+            return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(x)
 
     found = [np.empty(x.shape, x.dtype) for x in outputs]
     kernel[grid](*(tensor(np.array(x)) for x in inputs), *map(tensor, found), **static)
