@@ -15,7 +15,7 @@ MAX_TREE_WIDTH = 16
 MAX_TREE_BUDGET = 1024
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 Builder = Literal["accum_logp", "best_first", "chain"]
-KernelBackend = Literal["auto", "reference", "pallas", "pallas_interpret"]
+KernelBackend = Literal["auto", "reference", "pallas", "pallas_interpret", "triton", "triton_interpret"]
 
 
 def _require(holds: bool, message: str) -> None:
@@ -64,8 +64,9 @@ class TransformerConfig:
         dtype: dtype of the parameters and of the computation, a name of `FLOAT_DTYPES`.
         product_dtype: the operands of the projections' products are rounded to this dtype, and their sums stay wide
             (mixed precision, forward and backward; faster on CPUs with bfloat16 units). None: dtype.
-        kernels: "auto" (GPU kernels on NVIDIA GPUs, plain JAX elsewhere), or one of them by name; "pallas_interpret"
-            runs the kernels slowly anywhere, to test them.
+        kernels: "auto" (the Pallas kernels on NVIDIA GPUs, plain JAX elsewhere), or one of them by name; "triton" is
+            the attention in plain Triton (extra `gpu`) and the other kernels in Pallas; "pallas_interpret" and
+            "triton_interpret" run the kernels slowly on the CPU, to test them.
     """
 
     vocab_size: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
@@ -12,6 +13,7 @@ import jax
 from jax import lax
 
 from jetspec_jax.config import KernelBackend
+from jetspec_jax.errors import JetSpecError
 from pallas_kernels import add_norm as add_norm_kernels
 from pallas_kernels import gated_product as gated_product_kernels
 from pallas_kernels import qk_norm_rope as qk_norm_rope_kernels
@@ -21,8 +23,28 @@ from pallas_kernels import tree_build as tree_build_kernels
 
 
 def tree_attention(backend: KernelBackend) -> Callable[..., Any]:
-    """`pallas_kernels.tree_attention` by backend."""
+    """`pallas_kernels.tree_attention` by backend; the only kernel that is also there in plain Triton.
+
+    Raises:
+        JetSpecError: Triton was asked for and is not installed.
+    """
+    if backend in ("triton", "triton_interpret"):
+        return _triton_tree_attention(interpret=backend == "triton_interpret")
     return _choose("tree_attention", tree_attention_kernels, backend)
+
+
+@cache
+def _triton_tree_attention(interpret: bool) -> Callable[..., Any]:
+    """Imported when asked for: Triton is an optional dependency."""
+    backend, needed, extra = (("triton_interpret", "torch", "test,parity") if interpret else
+                              ("triton", "jax_triton", "gpu"))
+    try:
+        importlib.import_module(needed)
+        module = importlib.import_module("pallas_kernels.tree_attention.triton")
+    except ImportError as reason:
+        raise JetSpecError(f"kernels {backend!r} cannot run here ({str(reason).splitlines()[0]}): install "
+                           f"jetspec-jax[{extra}]") from reason
+    return partial(module.tree_attention, interpret=interpret)
 
 
 def qk_norm_rope(backend: KernelBackend, **static: Any) -> Callable[..., Any]:
@@ -61,7 +83,7 @@ def _choose(name: str, folder: ModuleType, backend: KernelBackend, static: tuple
     if backend == "reference":
         return reference
     if backend != "auto":
-        return partial(kernel, interpret=backend == "pallas_interpret")
+        return partial(kernel, interpret=backend in ("pallas_interpret", "triton_interpret"))
 
     @jax.jit
     def kernel_or_reference(*arrays: Any) -> Any:

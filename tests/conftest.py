@@ -7,6 +7,9 @@ import os
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"  # for the tests of meshes
 
+# Triton reads this when it is imported: its kernels then run in its interpreter, on the CPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import jax
 import pytest
 

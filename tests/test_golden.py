@@ -97,16 +97,21 @@ def test_whole_runs(pairs, name, case):
         assert out.tree_sizes == run["tree_sizes"]
 
 
-@pytest.mark.parametrize("name", ["dense", "tied_bidirectional"])
-def test_whole_runs_with_the_kernel_interpreted(pairs, name):
-    """Prompt, drafts and trees through the GPU kernel give the reference's tokens and accepted lengths."""
+@pytest.mark.parametrize(("name", "kernels", "tokens"), [
+    ("dense", "pallas_interpret", 24), ("tied_bidirectional", "pallas_interpret", 24),
+    ("dense", "triton_interpret", 8)])
+def test_whole_runs_with_the_kernels_interpreted(pairs, name, kernels, tokens):
+    """Prompt, drafts and trees through the GPU kernels give the reference's tokens and accepted lengths."""
+    if kernels == "triton_interpret":
+        pytest.importorskip("torch")
+        pytest.importorskip("triton", minversion="3.7")
     prompt = recorded(name, 0)[0]["prompt"].tolist()
     runs = []
-    for backend in ("reference", "pallas_interpret"):
+    for backend in ("reference", kernels):
         pair = dataclasses.replace(
             pairs[name], target_config=dataclasses.replace(pairs[name].target_config, kernels=backend),
             head_config=dataclasses.replace(pairs[name].head_config, kernels=backend))
-        run = generate(pair, prompt, max_new_tokens=24, tree=TreeConfig(budget=20))
+        run = generate(pair, prompt, max_new_tokens=tokens, tree=TreeConfig(budget=20))
         runs.append((run.token_ids, run.accept_lengths))
     assert runs[0] == runs[1]
     assert max(runs[0][1]) > 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import partial
 
 import jax
@@ -42,10 +43,25 @@ def inputs(rng, dtype, mask, heads, kv_heads, width, slots, cached, layers=2):
             draw(layers, batch, kv_heads, slots, width), jnp.int32(1), jnp.asarray(cached, jnp.int32))
 
 
-def compare(arguments, dtype, config=None):
-    with jax.numpy_rank_promotion("allow"):
-        found = pallas.tree_attention(*arguments, config=config, interpret=True)
-        again = pallas.tree_attention(*arguments, config=config, interpret=True)
+@pytest.fixture(params=["pallas", "triton"])
+def attention(request):
+    """The GPU kernel of each lowering, interpreted."""
+    if request.param == "pallas":
+        kernel = pallas.tree_attention
+    else:
+        pytest.importorskip("torch")
+        pytest.importorskip("triton", minversion="3.7")  # older interpreters do not work with today's NumPy
+        kernel = importlib.import_module("pallas_kernels.tree_attention.triton").tree_attention
+
+    def interpreted(*arguments, config=None):
+        with jax.numpy_rank_promotion("allow"):
+            return kernel(*arguments, config=config, interpret=True)
+
+    return interpreted
+
+
+def compare(attention, arguments, dtype, config=None):
+    found, again = (attention(*arguments, config=config) for _ in range(2))
     expected = reference.tree_attention(*arguments)
     assert found.dtype == dtype
     np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(again, np.float32))
@@ -69,18 +85,18 @@ CASES = {
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("name", list(CASES))
-def test_tree_attention(name, dtype):
+def test_tree_attention(attention, name, dtype):
     mask, *rest = CASES[name]
-    compare(inputs(np.random.default_rng(0), dtype, mask, *rest), dtype)
+    compare(attention, inputs(np.random.default_rng(0), dtype, mask, *rest), dtype)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4, 8])
-def test_random_trees_of_every_group(heads):
+def test_random_trees_of_every_group(attention, heads):
     rng = np.random.default_rng(heads)
-    compare(inputs(rng, jnp.float32, random_tree(rng, 2, 21), heads, 1, 16, 64, [50, 13]), jnp.float32)
+    compare(attention, inputs(rng, jnp.float32, random_tree(rng, 2, 21), heads, 1, 16, 64, [50, 13]), jnp.float32)
 
 
-def test_a_real_tree_with_padding_nodes():
+def test_a_real_tree_with_padding_nodes(attention):
     """Padding nodes see themselves alone."""
     logp = jnp.log(jnp.asarray(np.random.default_rng(0).dirichlet(np.ones(4), (1, 3)), jnp.float32))
     tree = build_tree(TreeConfig(width=2, budget=40), jnp.asarray([1], jnp.int32),
@@ -89,41 +105,41 @@ def test_a_real_tree_with_padding_nodes():
     mask = np.asarray(jax.jit(lambda: tree.ancestors)())
     mask = (mask[0][:, :, None] >> np.arange(32)) & 1
     mask = mask.reshape(mask.shape[0], -1)[None, :, :mask.shape[0]].astype(bool)
-    compare(inputs(np.random.default_rng(1), jnp.float32, mask, 4, 2, 16, 64, [20]), jnp.float32)
+    compare(attention, inputs(np.random.default_rng(1), jnp.float32, mask, 4, 2, 16, 64, [20]), jnp.float32)
 
 
-def test_rows_that_see_nothing_are_zero():
+def test_rows_that_see_nothing_are_zero(attention):
     mask = np.zeros((1, 4, 4), bool)
     arguments = inputs(np.random.default_rng(0), jnp.float32, mask, 2, 1, 16, 32, [0])
-    with jax.numpy_rank_promotion("allow"):
-        assert not np.asarray(pallas.tree_attention(*arguments, interpret=True)).any()
+    assert not np.asarray(attention(*arguments)).any()
 
 
 @pytest.mark.parametrize("splits", [2, 4, 8])
-@pytest.mark.parametrize("cached", [0, 1, 31, 32, 100, 256])
-def test_split_keys_are_combined(splits, cached):
+def test_split_keys_are_combined(attention, splits):
     """Also where some splits have nothing to do, and in a cache filled to its last slot."""
     rng = np.random.default_rng(splits)
     config = TreeAttentionConfig(nodes=8, keys=16, splits=splits, warps=4, stages=2)
-    compare(inputs(rng, jnp.float32, random_tree(rng, 2, 19), 4, 2, 16, 256, [cached, 77]), jnp.float32, config)
+    cached = [0, 1, 31, 32, 100, 256]
+    compare(attention, inputs(rng, jnp.float32, random_tree(rng, 6, 19), 2, 1, 16, 256, cached), jnp.float32, config)
 
 
 @pytest.mark.parametrize("heads", [1, 4, 16])
-def test_split_keys_of_a_lone_query(heads):
+def test_split_keys_of_a_lone_query(attention, heads):
     config = TreeAttentionConfig(nodes=max(1, 16 // heads), keys=16, splits=4, warps=4, stages=2)
-    compare(inputs(np.random.default_rng(0), jnp.float32, np.ones((2, 1, 1), bool), heads, 1, 16, 64, [40, 3]),
-            jnp.float32, config)
+    rng = np.random.default_rng(0)
+    compare(attention, inputs(rng, jnp.float32, np.ones((2, 1, 1), bool), heads, 1, 16, 64, [40, 3]), jnp.float32, config)
 
 
-def test_slots_beyond_the_prefix_are_not_read():
-    arguments = list(inputs(np.random.default_rng(0), jnp.float32, np.ones((1, 1, 1), bool), 2, 1, 16, 64, [16]))
+@pytest.mark.parametrize("cached", [16, 21])
+def test_slots_beyond_the_prefix_are_not_read(attention, cached, request):
+    """Triton's loads are masked; Pallas's take the whole block that the prefix ends in."""
+    arguments = list(inputs(np.random.default_rng(0), jnp.float32, np.ones((1, 1, 1), bool), 2, 1, 16, 64, [cached]))
     expected = reference.tree_attention(*arguments)
     config = TreeAttentionConfig(nodes=8, keys=16, splits=2, warps=4, stages=2)
+    unread = cached if "triton" in request.node.callspec.id else -(-cached // 16) * 16
     for side in (4, 5):
-        arguments[side] = arguments[side].at[:, :, :, 16:].set(np.nan)
-    with jax.numpy_rank_promotion("allow"):
-        found = pallas.tree_attention(*arguments, config=config, interpret=True)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+        arguments[side] = arguments[side].at[:, :, :, unread:].set(np.nan)
+    np.testing.assert_allclose(attention(*arguments, config=config), expected, atol=1e-5)
 
 
 def test_the_heuristic_keeps_an_h100_busy():
@@ -142,10 +158,10 @@ def test_shapes_that_are_not_taken(width, slots, reason):
         choose_config(1, 4, 4, 2, width, slots)
 
 
-def test_float64_is_not_taken():
+def test_float64_is_not_taken(attention):
     q = jnp.zeros((1, 1, 1, 16))
     with pytest.raises(NotImplementedError, match="float64"):
-        pallas.tree_attention(q, q, q, causal_bits(1, 1), q[None], q[None], 0, jnp.zeros((1,), jnp.int32))
+        attention(q, q, q, causal_bits(1, 1), q[None], q[None], 0, jnp.zeros((1,), jnp.int32))
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
