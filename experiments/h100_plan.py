@@ -23,6 +23,7 @@ from experiments.h100.sweep import sweep
 from jetspec_jax import JetSpecError, SamplingParams, TreeConfig
 from jetspec_jax.config import Builder
 
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="qwen3-8b", metavar="NAME", help="preset (default %(default)s)")

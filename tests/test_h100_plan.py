@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from experiments.h100.compile import PLUGINS, Program
+from experiments.h100.costs import kernel_cost
 from experiments.h100.hlo import Module, Shape, parse_instruction
 from experiments.h100.kernels import read_report
 from experiments.h100.launches import cache_copies, read_sequence, read_thunks, weight_copies
@@ -21,6 +22,7 @@ from jetspec_jax.config import PRESETS
 
 ROOT = Path(__file__).parent.parent
 
+# ruff: noqa: E501
 # A loop of unknown length with a product, an inner loop of three steps, an attention kernel and two copies.
 HLO = """\
 HloModule jit_run, is_scheduled=true
@@ -196,6 +198,11 @@ def test_the_floor_of_qwen3_8b():
     assert sum(o.bytes for o in verify) == layers + 4096 * 151936 * 2 + 36 * cache
     assert sum(o.bytes for o in draft) == pytest.approx(head + 4096 * 151936 * 2 + 5 * cache, rel=1e-4)
     assert sum(o.flops for o in verify) == pytest.approx(256 * (layers + 2 * 4096 * 151936 + 36 * 4 * 4096 * 4096))
+
+
+def test_a_product_of_ours_counts_its_operations():
+    rows, weights = Shape("bf16", (256, 4096)), Shape("bf16", (4096, 24576))
+    assert kernel_cost("gated_product", [rows, weights], 0) == ([rows.bytes, weights.bytes], 2 * 256 * 4096 * 24576)
 
 
 def test_what_ptxas_says():

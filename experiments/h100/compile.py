@@ -91,7 +91,7 @@ def compile_for_h100(function: Callable[..., Any], *args: Any, static: tuple[int
 def _described_gpu() -> AbstractContextManager[Any]:
     """From jax 0.11 on Pallas asks for the name of the GPU while it lowers."""
     try:
-        from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh  # type: ignore[attr-defined]
+        from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
         device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)
         return use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
     except (ImportError, TypeError):

@@ -70,8 +70,8 @@ def cost_of(module: Module, instruction: Instruction, committed: int) -> Cost:
         written = sum(written_bytes(body, name) for name in results(body))
     elif "matmul" in instruction.target:
         written, flops = instruction.shapes[0].bytes, matmul_flops(instruction, operands)
-    elif re.search(r"\btree_attention/pallas_call$", instruction.scope):
-        read, flops = attention_cost(operands, committed)
+    elif kernel := re.search(r"(\w+)/pallas_call$", instruction.scope):
+        read, flops = kernel_cost(kernel.group(1), operands, committed)
     elif "output_to_operand_aliasing" in instruction.rest:
         in_place = [int(i) for i in re.findall(r"\((\d+), \{", instruction.rest)]
         written -= sum(operands[i].bytes for i in in_place)
@@ -92,13 +92,19 @@ def matmul_flops(instruction: Instruction, operands: list[Shape]) -> int:
     return 2 * instruction.shapes[0].size * contracted
 
 
-def attention_cost(operands: list[Shape], committed: int) -> tuple[list[int], int]:
-    """Bytes read of each operand of a tree-attention kernel, and its operations.
+def kernel_cost(name: str, operands: list[Shape], committed: int) -> tuple[list[int], int]:
+    """Bytes read of each operand of a kernel of ours, and its operations on tensor cores.
 
-    The operands are those of `pallas_kernels.tree_attention.pallas`: layer, cached, queries [B, N, K, g, C] (padded),
-    new keys and values [B, M, K, C], bits, and the caches [L, B, K, S, C].
+    Args:
+        name: of the Pallas call.
+        operands: as the kernel takes them.
     """
     read = [shape.bytes for shape in operands]
+    if name == "gated_product":  # rows [N, D], weights [D, 2F]
+        return read, 2 * operands[0].size * operands[1].dims[1]
+    if name != "tree_attention":
+        return read, 0
+    # layer, cached, queries [B, N, K, g, C] (padded), new keys and values [B, M, K, C], bits, caches [L, B, K, S, C]
     layers, _, _, slots, _ = operands[-1].dims
     for side in (-2, -1):
         read[side] = operands[side].bytes // layers * min(committed, slots) // slots

@@ -111,7 +111,8 @@ class Module:
     def __init__(self, text: str) -> None:
         self.computations: dict[str, Computation] = {}
         self.entry = ""
-        name, lines = "", []
+        name = ""
+        lines: list[Instruction] = []
         for line in text.splitlines():
             head = re.match(r"(ENTRY )?%([\w.\-]+) \(.*\{$", line)
             if head:

@@ -195,7 +195,8 @@ def host_transfers(program: Program, module: Module) -> Iterator[str]:
 def weight_copies(launches: list[Launch]) -> int:
     """Bytes of launches that do nothing but move a whole weight matrix."""
     return sum(launch.times * launch.cost.bytes for launch in launches if launch.moves and any(
-        source.is_weight and source.whole and launch.cost.written >= source.read // 2 for source in launch.cost.sources))
+        source.is_weight and source.whole and launch.cost.written >= source.read // 2
+        for source in launch.cost.sources))
 
 
 def cache_copies(launches: list[Launch], slots: int) -> int:

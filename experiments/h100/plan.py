@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -83,7 +83,9 @@ def released_shape(preset: Preset) -> HeadConfig:
 
 
 def abstract_params(setup: Setup) -> Params:
-    return Params(target_shapes(setup.target), head_shapes(setup.head))
+    """They do not depend on the kernels, and kernels need not take the sizes that `init` uses."""
+    return Params(target_shapes(replace(setup.target, kernels="reference")),
+                  head_shapes(replace(setup.head, kernels="reference")))
 
 
 def abstract_state(setup: Setup, decoder: Decoder, sampling: SamplingParams) -> Any:

@@ -79,7 +79,7 @@ def layer_operations(config: TransformerConfig, rows: int, cached: int, seen: in
 
 
 def target_operations(target: TargetConfig, nodes: int, context: int, batch: int) -> list[Operation]:
-    """The target on `nodes` tokens of each of B sequences, and its logits there. The embedding is only gathered from."""
+    """The target on `nodes` tokens of each of B sequences, and its logits. The embedding is only gathered from."""
     layer = layer_operations(target, batch * nodes, context, context, batch)
     return layer * target.num_layers + [lm_head(target, batch * nodes)]
 
