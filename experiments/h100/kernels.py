@@ -1,0 +1,87 @@
+"""What ptxas makes of a kernel: registers, spills, shared memory, tensor-core instructions."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.h100.launches import Launch
+from jetspec_jax import JetSpecError
+
+PTXAS = "nvidia/cu13/bin/ptxas"  # in site-packages, from the wheel nvidia-cuda-nvcc
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled kernel of ours.
+
+    Attributes:
+        registers: per thread.
+        spill_bytes: stored and loaded per thread because registers ran out.
+        shared_bytes: per block.
+        wgmma: Hopper tensor-core instructions in its code.
+        wgmma_serialized: whether ptxas warns that it has to wait for each of them.
+        blocks: of one launch.
+        launches: how often it is launched in a round.
+    """
+
+    name: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    wgmma: int
+    wgmma_serialized: bool
+    blocks: int
+    launches: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def find_ptxas() -> str:
+    """Path of ptxas, from its wheel or from the PATH."""
+    installed = (Path(folder) / PTXAS for folder in sys.path)
+    found = next((str(path) for path in installed if path.is_file()), None) or shutil.which("ptxas")
+    if not found:
+        raise JetSpecError("ptxas, which tells registers and spills, is missing: pip install -e '.[plan]'")
+    return found
+
+
+def kernels_of(launches: list[Launch], ptx: dict[str, str]) -> list[Kernel]:
+    """The Pallas kernels among `launches`, each once, in the order of their first launch."""
+    ours: dict[str, list[Launch]] = {}
+    for launch in launches:
+        if "/pallas_call" in launch.scope and launch.kernel in ptx:
+            ours.setdefault(launch.kernel, []).append(launch)
+    return [assemble(name, ptx[name], same) for name, same in ours.items()]
+
+
+def assemble(name: str, ptx: str, launches: list[Launch]) -> Kernel:
+    """Runs ptxas on one kernel and reads its report."""
+    done = subprocess.run([find_ptxas(), "-arch=sm_90a", "-v", "-", "-o", "/dev/null"], input=ptx, text=True,
+                          capture_output=True)
+    if done.returncode:
+        raise JetSpecError(f"ptxas does not take kernel {name}: {done.stderr.strip().splitlines()[-1]}")
+    report = done.stderr + done.stdout
+    registers, spills, static = read_report(report)
+    return Kernel(name=name, registers=registers, spill_bytes=spills,
+                  shared_bytes=static + max(launch.shared_bytes for launch in launches),
+                  wgmma=ptx.count("wgmma.mma_async"),
+                  wgmma_serialized="wgmma.mma_async instructions are serialized" in report,
+                  blocks=max(launch.blocks for launch in launches),
+                  launches=sum(launch.times for launch in launches))
+
+
+def read_report(text: str) -> tuple[int, int, int]:
+    """(registers, bytes spilled, static shared memory) from what `ptxas -v` prints on one kernel."""
+    registers = re.search(r"Used (\d+) registers", text)
+    if not registers:
+        raise JetSpecError(f"ptxas reported no registers: {text.strip()[:200]}")
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", text))
+    static = re.search(r"(\d+) bytes smem", text)
+    return int(registers.group(1)), spills, int(static.group(1)) if static else 0

@@ -1,0 +1,55 @@
+"""What a decoding round would do on an H100, read off the program that XLA compiles for one; no GPU is needed.
+
+    python experiments/h100_plan.py --model qwen3-8b --budget 256 --context 4096
+    python experiments/h100_plan.py --model qwen3-8b --temperature 0.8 --json
+    python experiments/h100_plan.py --sweep docs          # the table and the plot of docs/h100.md
+
+Needs the extra `plan`: pip install -e '.[plan]'. Times are computed from bytes, operations and launches; docs/h100.md
+explains how. With --json the last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import get_args
+
+from experiments.common import run_main
+from experiments.h100.compile import require_plugin
+from experiments.h100.plan import ACCEPTED, plan, setup_for
+from experiments.h100.report import describe
+from experiments.h100.sweep import sweep
+from jetspec_jax import JetSpecError, SamplingParams, TreeConfig
+from jetspec_jax.config import Builder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="qwen3-8b", metavar="NAME", help="preset (default %(default)s)")
+    parser.add_argument("--budget", type=int, default=256, help="nodes of a tree (default %(default)s)")
+    parser.add_argument("--tree-builder", choices=get_args(Builder), default="accum_logp", help="default %(default)s")
+    parser.add_argument("--context", type=int, default=4096, help="committed tokens (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=1, help="sequences (default %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="above 0: the sampled round beside the greedy")
+    parser.add_argument("--accepted", type=float, default=ACCEPTED, metavar="TOKENS",
+                        help="tokens that a round adds (default %(default)s, arXiv 2606.18394)")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument("--sweep", type=Path, metavar="FOLDER", help="write the table and the plot of docs/h100.md")
+    args = parser.parse_args()
+    require_plugin()
+    if args.sweep:
+        sweep(args.sweep)
+        return
+    SamplingParams(args.temperature)  # refuses what makes no sense
+    if args.accepted < 1:
+        raise JetSpecError(f"--accepted must be at least 1, not {args.accepted}")
+    setup = setup_for(args.model, TreeConfig(args.tree_builder, budget=args.budget), args.batch, args.context)
+    report = plan(setup, args.temperature, args.accepted)
+    print(describe(args.model, setup, report))
+    if args.json:
+        print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    run_main(main)

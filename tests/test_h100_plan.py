@@ -1,0 +1,313 @@
+"""The plan for an H100: its arithmetic by hand, and (marker `aot`) the counts of the program compiled for Qwen3-8B."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from experiments.h100.compile import PLUGINS, Program
+from experiments.h100.costs import kernel_cost
+from experiments.h100.hlo import Module, Shape, parse_instruction
+from experiments.h100.kernels import read_report
+from experiments.h100.launches import cache_copies, read_sequence, read_thunks, weight_copies
+from experiments.h100.plan import setup_for
+from experiments.h100.roofline import Operation, estimate, floor, head_operations, target_operations
+from experiments.h100.sweep import fill, table
+from jetspec_jax import JetSpecError, TreeConfig
+from jetspec_jax.config import PRESETS
+
+ROOT = Path(__file__).parent.parent
+
+# ruff: noqa: E501
+# A loop of unknown length with a product, an inner loop of three steps, an attention kernel and two copies.
+HLO = """\
+HloModule jit_run, is_scheduled=true
+
+%gather_rows (p0: bf16[100,8], p1: s32[3]) -> bf16[3,8] {
+  %p0 = bf16[100,8]{1,0} parameter(0)
+  %p1 = s32[3]{0} parameter(1)
+  ROOT %gather = bf16[3,8]{1,0} gather(%p0, %p1), offset_dims={1}
+}
+
+%write_row (q0: bf16[2,1,2,64,4], q1: bf16[2,1,2,1,4], q2: s32[]) -> bf16[2,1,2,64,4] {
+  %q0 = bf16[2,1,2,64,4]{4,3,2,1,0} parameter(0)
+  %q1 = bf16[2,1,2,1,4]{4,3,2,1,0} parameter(1)
+  %q2 = s32[] parameter(2)
+  ROOT %update = bf16[2,1,2,64,4]{4,3,2,1,0} dynamic-update-slice(%q0, %q1, %q2)
+}
+
+%step (s: (s32[])) -> (s32[]) {
+  %s = (s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %add.1 = s32[] copy(%i), metadata={op_name="jit(run)/while/body/tree/while/body/add"}
+  ROOT %next = (s32[]) tuple(%add.1)
+}
+
+%body (arg: (s32[], bf16[100,8], bf16[2,1,2,64,4], /*index=3*/bf16[3,8])) -> (s32[], bf16[100,8], bf16[2,1,2,64,4], bf16[3,8]) {
+  %arg = (s32[], bf16[100,8]{1,0}, bf16[2,1,2,64,4]{4,3,2,1,0}, /*index=3*/bf16[3,8]{1,0}) parameter(0)
+  %n = s32[] get-tuple-element(%arg), index=0
+  %w = bf16[100,8]{1,0} get-tuple-element(%arg), index=1
+  %cache = bf16[2,1,2,64,4]{4,3,2,1,0} get-tuple-element(%arg), index=2
+  %x = bf16[3,8]{1,0} get-tuple-element(%arg), index=3
+  %ids = s32[3]{0} constant({1, 2, 3})
+  %rows = bf16[3,8]{1,0} fusion(%w, %ids), kind=kLoop, calls=%gather_rows, metadata={op_name="jit(run)/while/body/verify/embed/gather"}
+  %wt = bf16[8,100]{0,1} bitcast(%w)
+  %dot = (bf16[3,100]{1,0}, s8[4096]{0}) custom-call(%rows, %wt), custom_call_target="__cublas$lt$matmul", metadata={op_name="jit(run)/while/body/verify/layers_1/mlp/up/dot_general"}, backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+  %copied = bf16[100,8]{1,0} copy(%w), metadata={op_name="jit(run)/while/body/verify/layers_1/x"}
+  %init = (s32[]) tuple(%n)
+  %inner = (s32[]) while(%init), condition=%cond, body=%step, backend_config={"known_trip_count":{"n":"3"}}
+  %q = bf16[1,4,2,2,4]{4,3,2,1,0} constant({...})
+  %k = bf16[1,4,2,4]{3,2,1,0} constant({...})
+  %bits = s32[1,4,1]{2,1,0} constant({...})
+  %one = s32[1]{0} constant({1})
+  %attended = bf16[1,4,2,2,4]{4,3,2,1,0} custom-call(%one, %one, %q, %k, %k, /*index=5*/%bits, %cache, %cache), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(run)/while/body/verify/layers_1/attend/tree_attention/pallas_call"}
+  %row = bf16[2,1,2,1,4]{4,3,2,1,0} constant({...})
+  %written = bf16[2,1,2,64,4]{4,3,2,1,0} fusion(%cache, %row, %n), kind=kLoop, calls=%write_row, metadata={op_name="jit(run)/while/body/commit/scatter"}
+  %saved = bf16[2,1,2,64,4]{4,3,2,1,0} copy(%written), metadata={op_name="jit(run)/while/body/commit/x"}
+  ROOT %out = (s32[], bf16[100,8]{1,0}, bf16[2,1,2,64,4]{4,3,2,1,0}, bf16[3,8]{1,0}) tuple(%n, %w, %saved, %rows)
+}
+
+%cond (c: (s32[])) -> pred[] {
+  %c = (s32[]) parameter(0)
+  ROOT %less = pred[] constant(true)
+}
+
+ENTRY %main (a: bf16[100,8], b: bf16[2,1,2,64,4], d: bf16[3,8]) -> bf16[3,8] {
+  %a = bf16[100,8]{1,0} parameter(0), metadata={op_name="params.target['embedding']"}
+  %b = bf16[2,1,2,64,4]{4,3,2,1,0} parameter(1), metadata={op_name="state.cache.k"}
+  %d = bf16[3,8]{1,0} parameter(2), metadata={op_name="state.pending"}
+  %zero = s32[] constant(0)
+  %start = s32[] copy(%zero)
+  %carry = (s32[], bf16[100,8]{1,0}, bf16[2,1,2,64,4]{4,3,2,1,0}, bf16[3,8]{1,0}) tuple(%start, %a, %b, %d)
+  %loop = (s32[], bf16[100,8]{1,0}, bf16[2,1,2,64,4]{4,3,2,1,0}, bf16[3,8]{1,0}) while(%carry), condition=%cond, body=%body
+  ROOT %end = bf16[3,8]{1,0} get-tuple-element(%loop), index=3
+}
+"""
+
+IN_A_GRAPH = """\
+000: kCommandBuffer [source | sink] 
+    001: kCopy  [source       | next=002 (1)] kCopy
+    002: kWhile [prev=001 (1) | sink        ]       
+condition:
+      body:
+        003: kCustomKernel   [source         | next=005 (1)] rows grid: [2, 3, 1] threads: [128, 1, 1]  shared_memory: 0 bytes
+        004: kCublasLtMatmul [source         | next=009 (1)] kCublasLtMatmul
+        005: kCopy           [source         | next=009 (1)] kCopy
+        006: kWhile          [prev=004 (1)   | next=093 (1)]           
+condition:
+          body:
+            007: kCopy         [prev=085 (1) | next=087 (1)] kCopy
+        008: kCustomKernel   [prev=006 (1)   | sink        ] tree_attention grid: [1, 2, 4] threads: [128, 1, 1]  shared_memory: 640 bytes
+        009: kCustomKernel   [prev=006 (1)   | sink        ] written grid: [1, 1, 1] threads: [32, 1, 1]  shared_memory: 0 bytes
+        010: kCopy           [source         | next=009 (1)] kCopy
+"""  # noqa: W291
+NAMES = {0: "buffer", 1: "start", 2: "loop", 3: "rows", 4: "dot", 5: "copied", 6: "inner", 7: "add.1", 8: "attended",
+         9: "written", 10: "saved"}
+ORIGINS = "".join(f'thunk_metadata {{\n  thunk_info {{\n    profile_annotation: "{name}"\n    thunk_id: {i}\n  }}\n}}\n'
+                  for i, name in NAMES.items())
+
+
+def program(thunks=IN_A_GRAPH):
+    return Program(HLO, thunks, ORIGINS, ptx={}, argument_bytes=0, alias_bytes=0, output_bytes=0, temp_bytes=0)
+
+
+def test_instructions_are_parsed():
+    i = parse_instruction('  ROOT %a.1 = (f32[2,3]{1,0:T(8)}, s32[]) fusion(%b, /*index=1*/%c.2), calls=%f')
+    assert (i.name, i.opcode, i.operands, i.is_root) == ("a.1", "fusion", ("b", "c.2"), True)
+    assert i.shapes == (Shape("f32", (2, 3)), Shape("s32", ()))
+    assert [s.bytes for s in i.shapes] == [24, 4]
+
+
+def test_values_are_traced_to_the_arguments():
+    """Through the loop that carries them and a view."""
+    module = Module(HLO)
+    body = module.computations["body"]
+    assert module.origin(body, "wt") == "params.target['embedding']"
+    assert module.origin(body, "cache") == "state.cache.k"
+    assert module.origin(body, "rows") == ""
+
+
+def test_a_round_is_counted():
+    sequence = read_sequence(program(), committed=16)
+    by_scope = {launch.scope.removeprefix("jit(run)/while/body/"): launch for launch in sequence.launches}
+    assert [launch.times for launch in sequence.launches] == [1, 1, 1, 3, 1, 1, 1]  # the copy before the loop is not
+    assert (sequence.host_syncs, sequence.host_launches, sequence.host_transfers) == (0, 0, 0)
+    rows = by_scope["verify/embed/gather"]
+    assert (rows.cost.read, rows.cost.written, rows.blocks) == (3 * 8 * 2 + 3 * 4, 3 * 8 * 2, 6)
+    dot = by_scope["verify/layers_1/mlp/up/dot_general"]
+    assert (dot.label, dot.cost.flops, dot.place) == ("matmul", 2 * 3 * 8 * 100, "verify up")
+    assert (dot.cost.read, dot.cost.written) == ((3 * 8 + 8 * 100) * 2, 3 * 100 * 2)  # its workspace does not count
+    assert [launch.layer("verify") for launch in sequence.launches] == [None, 1, 1, None, 1, None, None]
+    # 4 nodes x 2 heads x 2 of a group; 16 committed slots of one layer and 4 new keys; two sides.
+    kernel = by_scope["verify/layers_1/attend/tree_attention/pallas_call"]
+    assert kernel.label == "tree_attention"
+    assert kernel.cost.flops == 4 * (4 * 2 * 2 * 4) * (16 + 4)
+    assert kernel.cost.read == 4 + 4 + 64 * 2 + 2 * (4 * 2 * 4 * 2) + 4 * 4 + 2 * (2 * 16 * 4 * 2)
+    written = by_scope["commit/scatter"]
+    assert (written.cost.read, written.cost.written) == (2 * 2 * 4 * 2 + 4, 2 * 2 * 4 * 2)  # in place
+
+
+def test_copies_of_weights_and_caches_are_found():
+    launches = read_sequence(program(), committed=16).launches
+    assert weight_copies(launches) == 2 * (100 * 8 * 2)
+    assert cache_copies(launches, slots=64) == 2 * (2 * 2 * 64 * 4 * 2)
+    assert cache_copies(launches, slots=65) == 0
+
+
+def test_conditions_that_the_host_evaluates_are_counted():
+    """The same without the command buffer: the outer loop's condition; the length of the inner one is known."""
+    alone = "\n".join(line.removeprefix("    ") for line in IN_A_GRAPH.splitlines()[1:])
+    sequence = read_sequence(program(alone), committed=16)
+    assert (sequence.host_syncs, sequence.host_launches) == (1, 9)
+    whole = read_sequence(program(alone), committed=16, repetitions=5, whole=True)
+    assert sum(launch.times for launch in whole.launches) == 5 * 9 + 1
+
+
+def test_transfers_to_the_host_are_counted():
+    text = HLO.replace("%saved = bf16[2,1,2,64,4]{4,3,2,1,0} copy", "%saved = bf16[2,1,2,64,4]{4,3,2,1,0:S(5)} copy")
+    changed = Program(text, IN_A_GRAPH, ORIGINS, {}, 0, 0, 0, 0)
+    assert read_sequence(changed, committed=16).host_transfers == 1
+
+
+def test_nesting_of_thunks():
+    thunks = {thunk.id: thunk for thunk in read_thunks(IN_A_GRAPH)}
+    assert {i: t.loops for i, t in thunks.items()} == {
+        0: (), 1: (), 2: (), **dict.fromkeys((3, 4, 5, 6, 8, 9, 10), (2,)), 7: (2, 6)}
+    assert all(t.in_graph for i, t in thunks.items() if i)
+    assert (thunks[8].kernel, thunks[8].grid, thunks[8].shared_bytes) == ("tree_attention", (1, 2, 4), 640)
+
+
+def test_the_larger_of_bytes_and_operations_counts():
+    assert floor([Operation("a", 3.0e9, 798e6), Operation("b", 3.0e6, 798e9)]) == pytest.approx(2e-3)
+    launches = [launch for launch in read_sequence(program(), committed=16).launches if launch.label == "matmul"]
+    assert estimate(launches) == pytest.approx(2e-6 + (48 + 1600 + 600) / 3.0e12)
+
+
+def test_the_floor_of_qwen3_8b():
+    """Design: layers 13.9 GB, head 2.1 GB, LM head 1.24 GB twice; a cache of 4096 tokens 0.60 GB and 0.08 GB."""
+    preset = PRESETS["qwen3-8b"]
+    verify = target_operations(preset.target, 256, 4096, 1)
+    draft = head_operations(preset.target, preset.head, 4096, 1)
+    head = 1_048_626_432 * 2
+    layers = 36 * 2 * (4096 * 6144 + 4096 * 4096 + 3 * 4096 * 12288)
+    cache = 2 * 2 * 8 * 128 * 4096
+    assert sum(o.bytes for o in verify) == layers + 4096 * 151936 * 2 + 36 * cache
+    assert sum(o.bytes for o in draft) == pytest.approx(head + 4096 * 151936 * 2 + 5 * cache, rel=1e-4)
+    assert sum(o.flops for o in verify) == pytest.approx(256 * (layers + 2 * 4096 * 151936 + 36 * 4 * 4096 * 4096))
+
+
+def test_a_product_of_ours_counts_its_operations():
+    rows, weights = Shape("bf16", (256, 4096)), Shape("bf16", (4096, 24576))
+    assert kernel_cost("gated_product", [rows, weights], 0) == ([rows.bytes, weights.bytes], 2 * 256 * 4096 * 24576)
+
+
+def test_what_ptxas_says():
+    text = ("ptxas info    : Compiling entry function 'k' for 'sm_90a'\n"
+            "    8 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads\n"
+            "ptxas info    : Used 255 registers, used 1 barriers, 64 bytes smem\n")
+    assert read_report(text) == (255, 28, 64)
+    assert read_report("Used 54 registers, used 1 barriers") == (54, 0, 0)
+
+
+def test_a_target_without_a_head_gets_the_released_shape():
+    setup = setup_for("qwen3-0.6b", TreeConfig(budget=16), 1, 1024)
+    assert (setup.head.num_layers, setup.head.block_size, setup.head.target_layer_ids) == (5, 16, (1, 7, 13, 19, 25))
+    assert setup.slots == 1536
+    with pytest.raises(JetSpecError, match="--context"):
+        setup_for("qwen3-8b", TreeConfig(), 1, 40960)
+    with pytest.raises(JetSpecError, match="not one of"):
+        setup_for("qwen3-9b", TreeConfig(), 1, 64)
+
+
+def test_the_page_is_filled_between_its_marks():
+    row = {"model": "m", "context": 1024, "budget": 16, "total_bytes": 81e9, "launches": 9, "floor_seconds": 2e-3,
+           "estimate_seconds": 3e-3, "plain_seconds": 1.5e-3}
+    lines = table([row]).splitlines()
+    assert lines[-1] == "| m | 1024 | 16 | 81.0 (no) | 9 | 2.00 | 3.00 | 1.50 | 1.50 | 2.00 |"
+    assert fill("a\n<!-- t -->\nold\n<!-- end t -->\nb", "t", "new") == "a\n<!-- t -->\nnew\n<!-- end t -->\nb"
+    with pytest.raises(JetSpecError, match="end x"):
+        fill("a", "x", "new")
+
+
+def run_plan(*arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # as conftest set them
+    return subprocess.run([sys.executable, "experiments/h100_plan.py", *arguments], cwd=ROOT, env=environment,
+                          capture_output=True, text=True, timeout=1200)
+
+
+HAS_PLUGIN = find_spec("jax_plugins") is not None and any(find_spec(name) for name in PLUGINS)
+
+
+@pytest.mark.skipif(HAS_PLUGIN, reason="the CUDA plugin is installed")
+def test_without_the_plugin_the_error_names_the_command():
+    done = run_plan()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "pip install -e '.[plan]'" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def qwen3_8b():
+    """The report on Qwen3-8B with 256 nodes and 4096 committed tokens; compiled once."""
+    done = run_plan("--json")
+    assert done.returncode == 0, done.stderr
+    assert "computed from the compiled program, not measured" in done.stdout
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+aot = pytest.mark.aot
+needs_plugin = pytest.mark.skipif(not HAS_PLUGIN, reason="JAX's CUDA plugin is missing: pip install -e '.[plan]'")
+
+
+@aot
+@needs_plugin
+def test_the_round_stays_on_the_device(qwen3_8b):
+    assert (qwen3_8b["host_transfers"], qwen3_8b["host_syncs_per_round"]) == (0, 0)
+    assert qwen3_8b["launches"]["outside_graphs"] == 0
+    assert (qwen3_8b["weight_copy_bytes"], qwen3_8b["cache_copy_bytes"]) == (0, 0)
+
+
+@aot
+@needs_plugin
+def test_memory(qwen3_8b):
+    memory = qwen3_8b["memory"]
+    assert qwen3_8b["fits"]
+    assert memory["temp_bytes"] < 400e6
+    assert memory["weight_bytes"] == 2 * (8_190_735_360 + 1_048_626_432)  # parameters of Qwen3-8B and of its head
+    assert memory["cache_bytes"] == 2 * 2 * (36 + 5) * 8 * 128 * 6144  # slots as `generate` chooses them
+
+
+@aot
+@needs_plugin
+def test_launches(qwen3_8b):
+    """At most 9 launches a layer, and one more where keys are split, as they are here in both."""
+    assert qwen3_8b["launches"]["per_target_layer"] <= 10
+    assert qwen3_8b["launches"]["per_head_layer"] <= 11  # wanted: 10; the features are put before the rows by one more
+    assert qwen3_8b["launches"]["total"] <= 803
+
+
+@aot
+@needs_plugin
+def test_kernels(qwen3_8b):
+    kernels = qwen3_8b["kernels"]
+    assert {k["name"] for k in kernels} >= {"tree_attention", "tree_attention__1", "qk_norm_rope", "add_norm"}
+    spilling = {k["name"]: k["spill_bytes"] for k in kernels if k["spill_bytes"]}
+    assert spilling == {"tree_attention_combine__1": 128}  # wanted: {}
+    for kernel in kernels:
+        assert 0 < kernel["registers"] <= 255
+        assert kernel["shared_bytes"] <= 227 * 1024
+        if kernel["name"] in ("tree_attention", "tree_attention__1"):
+            assert kernel["wgmma"] > 0
+            assert 100 <= kernel["blocks"] <= 132  # one for every multiprocessor
+
+
+@aot
+@needs_plugin
+def test_the_time_of_a_round_is_close_to_its_floor(qwen3_8b):
+    assert qwen3_8b["floor_seconds"] == pytest.approx(6.96e-3, rel=0.01)
+    assert qwen3_8b["estimate_seconds"] <= 1.41 * qwen3_8b["floor_seconds"]  # wanted: 1.25
+    assert qwen3_8b["plain"]["estimate_seconds"] <= 1.25 * qwen3_8b["plain"]["floor_seconds"]
+    assert qwen3_8b["plain"]["floor_seconds"] < qwen3_8b["plain"]["estimate_seconds"] < qwen3_8b["estimate_seconds"]
