@@ -13,7 +13,9 @@ from jax import lax
 
 from jetspec_jax.config import KernelBackend
 from pallas_kernels import add_norm as add_norm_kernels
+from pallas_kernels import grouped_matmul as grouped_matmul_kernels
 from pallas_kernels import qk_norm_rope as qk_norm_rope_kernels
+from pallas_kernels import router as router_kernels
 from pallas_kernels import tree_attention as tree_attention_kernels
 
 
@@ -30,6 +32,16 @@ def qk_norm_rope(backend: KernelBackend, **static: Any) -> Callable[..., Any]:
 def add_norm(backend: KernelBackend, eps: float) -> Callable[..., Any]:
     """`pallas_kernels.add_norm` by backend."""
     return _choose("add_norm", add_norm_kernels, backend, (("eps", eps),))
+
+
+def router(backend: KernelBackend, choices: int, normalised: bool) -> Callable[..., Any]:
+    """`pallas_kernels.router` by backend."""
+    return _choose("router", router_kernels, backend, (("choices", choices), ("normalised", normalised)))
+
+
+def grouped_mlp(backend: KernelBackend) -> Callable[..., Any]:
+    """`pallas_kernels.grouped_matmul` by backend."""
+    return _choose("grouped_mlp", grouped_matmul_kernels, backend)
 
 
 @cache  # one function per kernel and sizes, so that all layers share one trace of it
