@@ -57,10 +57,14 @@ def test_mixture_of_experts(case):
     assert pair.target_config.has_experts(0)
     prompt = jnp.asarray(activations["prompt"], jnp.int32)[None]
     size = prompt.shape[1]
-    out = target_forward(pair.target_config, pair.params.target, prompt, jnp.arange(size, dtype=jnp.int32)[None],
-                         causal_bits(1, size), KVCache.create(pair.target_config, 1, 1), jnp.zeros((1,), jnp.int32))
-    logits = target_logits(pair.target_config, pair.params.target, out.hidden)
-    np.testing.assert_allclose(logits[0], activations["target_logits"], atol=TOLERANCE)
+
+    @jax.jit
+    def logits(params):
+        out = target_forward(pair.target_config, params, prompt, jnp.arange(size, dtype=jnp.int32)[None],
+                             causal_bits(1, size), KVCache.create(pair.target_config, 1, 1), jnp.zeros((1,), jnp.int32))
+        return target_logits(pair.target_config, params, out.hidden[0])
+
+    np.testing.assert_allclose(logits(pair.params.target), activations["target_logits"], atol=TOLERANCE)
     out = generate(pair, prompt[0].tolist(), max_new_tokens=expected["max_new"], tree=None, eos_token_ids=())
     assert out.token_ids == expected["ar_token_ids"]
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -87,9 +88,15 @@ def our_logits(pair, ids, taps=()):
     ids = jnp.asarray(ids, jnp.int32)
     batch, size = ids.shape
     positions = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32)[None], ids.shape)
-    out = target_forward(pair.target_config, pair.params.target, ids, positions, causal_bits(batch, size),
-                         KVCache.create(pair.target_config, batch, 1), jnp.zeros((batch,), jnp.int32), taps)
-    return np.asarray(target_logits(pair.target_config, pair.params.target, out.hidden)), np.asarray(out.tapped)
+
+    @jax.jit
+    def forward(params):
+        out = target_forward(pair.target_config, params, ids, positions, causal_bits(batch, size),
+                             KVCache.create(pair.target_config, batch, 1), jnp.zeros((batch,), jnp.int32), taps)
+        return target_logits(pair.target_config, params, out.hidden), out.tapped
+
+    logits, tapped = forward(pair.params.target)
+    return np.asarray(logits), np.asarray(tapped)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -108,14 +115,13 @@ def test_logits_and_tapped_states(tmp_path, case):
                                    atol=1e-4 * float(theirs.hidden_states[i + 1].abs().max()))
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("case", EXPERT_CASES)
+@pytest.mark.parametrize(("case", "fused"), [*((case, False) for case in EXPERT_CASES), ("all layers", True)])
 def test_mixtures_of_experts(tmp_path, case, fused):
     """Both layouts; from one token to 256; uneven routing with an expert that no token chooses."""
     model = random_experts(EXPERT_CASES[case])
     save_experts(model, tmp_path / "hf", fused)
     pair = load_pretrained(tmp_path / "hf")
-    for size in (1, 2, 37, 256):
+    for size in (1, 37, 256):
         ids = np.random.default_rng(size).integers(0, 131, (1, size))
         with torch.inference_mode():
             theirs = model(torch.tensor(ids), output_router_logits=True, output_hidden_states=True)
