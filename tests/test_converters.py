@@ -61,7 +61,8 @@ def shard(folder, parts=3):
 
 
 @pytest.mark.parametrize("config", [PRESETS["qwen3-8b"].target, PRESETS["qwen3-0.6b"].target,
-                                    PRESETS["qwen3-30b-a3b"].target, PRESETS["smollm2-135m"].target, tiny_target(qkv_bias=True, out_bias=True)])
+                                    PRESETS["smollm2-135m"].target, PRESETS["qwen3-30b-a3b"].target,
+                                    tiny_target(qkv_bias=True, out_bias=True)])
 def test_target_table_covers_every_parameter_once(config):
     assert_table_covers(target_slots(config), target_shapes(config))
 
@@ -427,7 +428,8 @@ def test_peak_memory_stays_near_the_outputs_size(tmp_path, layers, experts, fuse
     save_file({part.name: np.resize(block, part.shape).view(ml_dtypes.bfloat16)
                for slot in target_slots(config, fused) for part in slot.parts}, source / "model.safetensors")
     (source / "config.json").write_text(json.dumps({
-        **experts, "model_type": "qwen3_moe" if experts else "qwen3", "vocab_size": 150_000, "hidden_size": 1024, "intermediate_size": 4096,
+        **experts, "model_type": "qwen3_moe" if experts else "qwen3", "vocab_size": 150_000, "hidden_size": 1024,
+        "intermediate_size": 4096,
         "num_hidden_layers": layers, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64,
         "rope_theta": 1e4, "rms_norm_eps": 1e-6, "max_position_embeddings": 600, "dtype": "bfloat16"}))
     done = run_python("""

@@ -270,7 +270,7 @@ def test_expert_tiles_for_an_h100():
 
 
 def test_router_by_hand():
-    """Logits 1, 3, 3, 2 (of equal ones the lower id comes first); weights of two from e^3 and e^3, of three with e^2."""
+    """Logits 1, 3, 3, 2 (of equal ones the lower id is first); weights of two from e^3 and e^3, of three with e^2."""
     x, matrix = jnp.ones((1, 16), jnp.float32), jnp.asarray([[1, 3, 3, 2], *[[0] * 4] * 15], jnp.float32)
     for kernel in (router.reference.router, partial(router.pallas.router, interpret=True)):
         experts, weights = kernel(x, matrix, 3, True)

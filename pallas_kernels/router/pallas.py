@@ -1,4 +1,7 @@
-"""The same for NVIDIA GPUs in Pallas, lowered through Triton: one launch where XLA makes five. A block takes 16 rows."""
+"""The same for NVIDIA GPUs in Pallas, lowered through Triton: one launch where XLA makes five.
+
+A block takes 16 rows.
+"""
 
 from __future__ import annotations
 
