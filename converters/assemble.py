@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -9,7 +10,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from converters.names import Slot
+from converters.names import Part, Slot
 from jetspec_jax.errors import JetSpecError
 
 Progress = Callable[[int], object]  # told how many bytes of the result are done
@@ -59,20 +60,29 @@ def assemble(source: TensorSource, slots: list[Slot], dtype: str, progress: Prog
 
 
 def _join(source: TensorSource, slot: Slot, dtype: np.dtype) -> np.ndarray:
-    """One parameter: its parts transposed, cast and laid side by side."""
-    shapes = [part.shape[::-1] if slot.transposed else part.shape for part in slot.parts]
-    joined = np.empty((*shapes[0][:-1], sum(shape[-1] for shape in shapes)), dtype)
-    start = 0
-    for part, shape in zip(slot.parts, shapes, strict=True):
+    """One parameter: its parts transposed, cast and put where they belong."""
+    joined = np.empty(slot.shape, dtype)
+    for part, piece in _pieces(slot, joined):
         tensor = source.read(part.name)
-        piece = joined[..., start:start + shape[-1]]
         with np.errstate(over="ignore"):
-            piece[...] = tensor.T if slot.transposed else tensor
+            piece[...] = tensor
         if not all_finite(piece):
             what = "after the cast to " + dtype.name if all_finite(tensor) else "in the file"
             raise JetSpecError(f"{source.label}: tensor {part.name} holds values that are not finite {what}")
-        start += shape[-1]
     return joined
+
+
+def _pieces(slot: Slot, joined: np.ndarray) -> Iterator[tuple[Part, np.ndarray]]:
+    """The parts of a parameter with their places in it, views in the file's layout."""
+    rows = joined if slot.stacked else joined[None]
+    parts = iter(slot.parts)
+    for row in rows:
+        start = 0
+        for part in itertools.islice(parts, len(slot.parts) // len(rows)):
+            size = part.shape[-2 if slot.transposed else -1]
+            piece = row[..., start:start + size]
+            yield part, piece.swapaxes(-1, -2) if slot.transposed else piece
+            start += size
 
 
 def take_apart(params: dict, slots: list[Slot]) -> Iterator[tuple[str, np.ndarray]]:
@@ -81,12 +91,8 @@ def take_apart(params: dict, slots: list[Slot]) -> Iterator[tuple[str, np.ndarra
         value = params["params"]
         for key in slot.path:
             value = value[key]
-        joined, start = np.asarray(value), 0
-        for part in slot.parts:
-            size = part.shape[0 if slot.transposed else -1]
-            piece = joined[..., start:start + size]
-            yield part.name, np.ascontiguousarray(piece.T if slot.transposed else piece)
-            start += size
+        for part, piece in _pieces(slot, np.asarray(value)):
+            yield part.name, np.ascontiguousarray(piece)
 
 
 def all_finite(x: np.ndarray) -> bool:

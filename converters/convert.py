@@ -42,7 +42,8 @@ def read_target(source: Path, dtype: str | None = None, progress: bool = True) -
     config, tensors = read_target_config(source), SafetensorsFolder(source)
     if config.tie_embeddings and "lm_head.weight" in tensors.shapes:
         _check_tied(tensors)
-    return _read(tensors, config, target_slots(config), dtype, progress)
+    fused_experts = any(name.endswith(".mlp.experts.gate_up_proj") for name in tensors.shapes)
+    return _read(tensors, config, target_slots(config, fused_experts), dtype, progress)
 
 
 def read_head(source: Path, dtype: str | None = None, progress: bool = True) -> tuple[HeadConfig, dict]:

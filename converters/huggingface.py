@@ -21,14 +21,16 @@ def read_target_config(folder: Path) -> TargetConfig:
     file = folder / "config.json"
     config = read_json(file)
     model_type = config.get("model_type")
-    if model_type not in ("qwen3", "llama"):
-        raise JetSpecError(f"{file}: model_type {model_type!r} is not supported; supported are qwen3 (dense) and llama")
+    if model_type not in ("qwen3", "qwen3_moe", "llama"):
+        raise JetSpecError(f"{file}: model_type {model_type!r} is not supported; supported are qwen3, qwen3_moe and "
+                           "llama")
     _refuse_unknown_features(file, config)
     generation = folder / "generation_config.json"
     eos = read_json(generation).get("eos_token_id") if generation.exists() else None
     bias = bool(config.get("attention_bias", False))
     return TargetConfig(
-        **_transformer_fields(file, config, model_type), qk_norm=model_type == "qwen3", qkv_bias=bias, out_bias=bias,
+        **_transformer_fields(file, config, model_type), **_expert_fields(file, config, model_type),
+        qk_norm=model_type != "llama", qkv_bias=bias, out_bias=bias,
         max_positions=_get(file, config, "max_position_embeddings"),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
         eos_token_ids=_eos(file, eos if eos is not None else config.get("eos_token_id")))
@@ -86,6 +88,24 @@ def _transformer_fields(file: Path, config: dict[str, Any], model_type: str) -> 
         "num_kv_heads": config.get("num_key_value_heads") or heads, "head_dim": head_dim,
         "rope_theta": _number(file, "rope_theta", rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
         "rms_norm_eps": _number(file, "rms_norm_eps", config.get("rms_norm_eps", 1e-6)), "dtype": dtype}
+
+
+def _expert_fields(file: Path, config: dict[str, Any], model_type: str) -> dict[str, Any]:
+    """What a mixture of experts adds."""
+    if model_type != "qwen3_moe":
+        return {}
+    layers, sparse_step = _get(file, config, "num_hidden_layers"), config.get("decoder_sparse_step", 1)
+    dense, normalised = config.get("mlp_only_layers") or [], config.get("norm_topk_prob", False)
+    if not is_integer(sparse_step) or sparse_step < 1:
+        raise JetSpecError(f"{file}: decoder_sparse_step must be an integer of at least 1, not {sparse_step!r}")
+    if not isinstance(dense, list) or not all(is_integer(i) for i in dense):
+        raise JetSpecError(f"{file}: mlp_only_layers must be a list of layers, not {dense!r}")
+    if not isinstance(normalised, bool):
+        raise JetSpecError(f"{file}: norm_topk_prob must be true or false, not {normalised!r}")
+    count = "num_local_experts" if "num_local_experts" in config else "num_experts"  # newer files have the first
+    return {"num_experts": _get(file, config, count), "num_experts_per_tok": _get(file, config, "num_experts_per_tok"),
+            "moe_intermediate_size": _get(file, config, "moe_intermediate_size"), "norm_topk_prob": normalised,
+            "dense_layers": tuple(i for i in range(layers) if i in dense or (i + 1) % sparse_step)}
 
 
 def _refuse_unknown_features(file: Path, config: dict[str, Any]) -> None:

@@ -22,11 +22,11 @@ def torch_model(pair: Pair) -> tuple[Any, Callable[..., list[int]]]:
     except ImportError as error:
         raise JetSpecError("this comparison needs torch: pip install 'jetspec-jax[parity]'") from error
     config = pair.target_config
-    kind = "Qwen3" if config.qk_norm else "Llama"
+    kind = "Qwen3Moe" if config.num_experts else "Qwen3" if config.qk_norm else "Llama"
     model = getattr(transformers, f"{kind}ForCausalLM")(
         getattr(transformers, f"{kind}Config")(**huggingface_fields(config)))
     weights = {name: torch.from_numpy(np.array(value, np.float32))
-               for name, value in take_apart(pair.params.target, target_slots(config))}
+               for name, value in take_apart(pair.params.target, target_slots(config, fused_experts=True))}
     model.load_state_dict(weights, strict=not config.tie_embeddings)
     model.eval()
 
@@ -43,7 +43,10 @@ def torch_model(pair: Pair) -> tuple[Any, Callable[..., list[int]]]:
 
 def huggingface_fields(config: TargetConfig) -> dict[str, Any]:
     """A target's shape in the words of a transformers config."""
-    return {"vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
+    experts = {"num_experts": config.num_experts, "num_experts_per_tok": config.num_experts_per_tok,
+               "moe_intermediate_size": config.moe_intermediate_size, "norm_topk_prob": config.norm_topk_prob,
+               "mlp_only_layers": list(config.dense_layers)} if config.num_experts else {}
+    return {**experts, "vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
             "intermediate_size": config.intermediate_size, "num_hidden_layers": config.num_layers,
             "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
             "head_dim": config.head_dim, "rms_norm_eps": config.rms_norm_eps,

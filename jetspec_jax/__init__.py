@@ -3,8 +3,8 @@
 Dimension glossary, the same letters everywhere:
     B sequences · P prompt tokens · N new tokens that ask (tree nodes, block slots, a prompt chunk) · M new tokens that
     are seen (>= N) · S cache slots · L layers · D model width · H query heads · K key/value heads · C head dimension ·
-    F MLP width · V vocabulary · W tree width (children per node, at most 16) · G block size of the head (anchor + G-1
-    drafted depths) · R rows of an accepted path (at most G) · T tapped target layers
+    F MLP width · E experts · V vocabulary · W tree width (children per node, at most 16) · G block size of the head
+    (anchor + G-1 drafted depths) · R rows of an accepted path (at most G) · T tapped target layers
 """
 
 from jetspec_jax.config import PRESETS, HeadConfig, PromptLookup, SamplingParams, TargetConfig, TreeConfig

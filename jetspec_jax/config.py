@@ -114,14 +114,24 @@ class TransformerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TargetConfig(TransformerConfig):
-    """The frozen target model (Qwen3 dense; Llama-style by the switches of `TransformerConfig`).
+    """The frozen target model (Qwen3, dense or with experts; Llama-style by the switches of `TransformerConfig`).
 
     Args:
+        num_experts: E, the gated MLPs of a layer from which each token takes a few; 0: every layer is dense.
+        num_experts_per_tok: how many a token takes.
+        moe_intermediate_size: width of an expert.
+        norm_topk_prob: the weights of a token's experts sum to one; otherwise they are their shares of all experts.
+        dense_layers: layers with the plain MLP of `intermediate_size` in the place of experts.
         max_positions: the context limit, prompt and answer together, in tokens.
         tie_embeddings: the LM head is the embedding table.
         eos_token_ids: any of these ends an answer.
     """
 
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = True
+    dense_layers: tuple[int, ...] = ()
     max_positions: int = 40960
     tie_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
@@ -132,6 +142,18 @@ class TargetConfig(TransformerConfig):
                  f"max_positions must be a positive integer, not {self.max_positions!r}")
         _require(all(is_integer(i) and i >= 0 for i in self.eos_token_ids),
                  f"eos_token_ids must be token ids, not {self.eos_token_ids!r}")
+        for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+            value, least = getattr(self, name), 1 if self.num_experts else 0
+            _require(is_integer(value) and value >= least,
+                     f"{name} must be an integer of at least {least}, not {value!r}")
+        _require(self.num_experts_per_tok <= self.num_experts,
+                 f"num_experts_per_tok {self.num_experts_per_tok} is more than num_experts {self.num_experts}")
+        bad = [i for i in self.dense_layers if not is_integer(i) or not 0 <= i < self.num_layers]
+        _require(not bad, f"dense_layers {bad} lie outside the layers 0..{self.num_layers - 1}")
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer's MLP is a mixture of experts."""
+        return self.num_experts > 0 and layer not in self.dense_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,9 +310,20 @@ def _qwen3(d: int, f: int, layers: int, heads: int, tied: bool = False) -> Targe
                         num_kv_heads=8, head_dim=128, tie_embeddings=tied, eos_token_ids=(151645, 151643))
 
 
+def _qwen3_moe(d: int, f: int, expert: int, layers: int, heads: int) -> TargetConfig:
+    return TargetConfig(vocab_size=151936, hidden_size=d, intermediate_size=f, num_layers=layers, num_heads=heads,
+                        num_kv_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
+                        moe_intermediate_size=expert, eos_token_ids=(151645, 151643))
+
+
 QWEN3_8B_HEAD = HeadConfig(
     vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_layers=5, num_heads=32, num_kv_heads=8,
     head_dim=128, block_size=16, target_layer_ids=default_target_layer_ids(36, 5), num_target_layers=36,
+    mask_token_id=151669)
+
+QWEN3_30B_A3B_HEAD = HeadConfig(
+    vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_layers=8, num_heads=32, num_kv_heads=4,
+    head_dim=128, block_size=16, target_layer_ids=default_target_layer_ids(48, 5), num_target_layers=48,
     mask_token_id=151669)
 
 SMOLLM2_135M = TargetConfig(
@@ -312,4 +345,7 @@ PRESETS: dict[str, Preset] = {
     "qwen3-8b": Preset(_qwen3(4096, 12288, 36, 32), "Qwen/Qwen3-8B", QWEN3_8B_HEAD, "JetSpec/jetspec-qwen3-8b"),
     "qwen3-14b": Preset(_qwen3(5120, 17408, 40, 40), "Qwen/Qwen3-14B"),
     "qwen3-32b": Preset(_qwen3(5120, 25600, 64, 64), "Qwen/Qwen3-32B"),
+    "qwen3-30b-a3b": Preset(_qwen3_moe(2048, 6144, 768, 48, 32), "Qwen/Qwen3-30B-A3B", QWEN3_30B_A3B_HEAD,
+                            "JetSpec/jetspec-qwen3-30b-a3b"),
+    "qwen3-235b-a22b": Preset(_qwen3_moe(4096, 12288, 1536, 94, 64), "Qwen/Qwen3-235B-A22B"),
 }

@@ -16,7 +16,9 @@ from jetspec_jax.config import KernelBackend
 from jetspec_jax.errors import JetSpecError
 from pallas_kernels import add_norm as add_norm_kernels
 from pallas_kernels import gated_product as gated_product_kernels
+from pallas_kernels import grouped_matmul as grouped_matmul_kernels
 from pallas_kernels import qk_norm_rope as qk_norm_rope_kernels
+from pallas_kernels import router as router_kernels
 from pallas_kernels import top_w as top_w_kernels
 from pallas_kernels import tree_attention as tree_attention_kernels
 from pallas_kernels import tree_build as tree_build_kernels
@@ -70,6 +72,16 @@ def top_w(backend: KernelBackend, **static: Any) -> Callable[..., Any]:
 def tree_build(backend: KernelBackend, **static: Any) -> Callable[..., Any]:
     """`pallas_kernels.tree_build` by backend, with its size and kind filled in."""
     return _choose("tree_build", tree_build_kernels, backend, tuple(sorted(static.items())))
+
+
+def router(backend: KernelBackend, choices: int, normalised: bool) -> Callable[..., Any]:
+    """`pallas_kernels.router` by backend."""
+    return _choose("router", router_kernels, backend, (("choices", choices), ("normalised", normalised)))
+
+
+def grouped_mlp(backend: KernelBackend) -> Callable[..., Any]:
+    """`pallas_kernels.grouped_matmul` by backend."""
+    return _choose("grouped_mlp", grouped_matmul_kernels, backend)
 
 
 @cache  # one function per kernel and sizes, so that all layers share one trace of it

@@ -170,16 +170,21 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """One pre-norm decoder layer of the Qwen3 / Llama family."""
+    """One pre-norm decoder layer of the Qwen3 / Llama family.
+
+    Attributes:
+        mlp_type: what follows the attention: a module made from the config, [B, N, D] -> [B, N, D].
+    """
 
     config: TransformerConfig
+    mlp_type: type[nn.Module] = MLP
 
     def setup(self) -> None:
         c = self.config
         self.input_layernorm = RMSNorm(c)
         self.attention = Attention(c)
         self.post_attention_layernorm = RMSNorm(c)
-        self.mlp = MLP(c)
+        self.mlp = self.mlp_type(c)
 
     def __call__(self, x: Array, delta: Array | None, context: AttentionContext, layer: int,
                  extra: Array | None = None) -> tuple[Array, Array, Array, Array]:

@@ -1,4 +1,4 @@
-"""The frozen target model: Qwen3 dense, and Llama-style models by the switches of `TargetConfig`."""
+"""The frozen target model: Qwen3, dense or with experts, and Llama-style by the switches of `TargetConfig`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from jax import Array
 from jetspec_jax.attention import attend_with
 from jetspec_jax.cache import KVCache
 from jetspec_jax.config import TargetConfig
-from jetspec_jax.layers import PRECISION, AttentionContext, DecoderLayer, RMSNorm, rotary_tables, rounded_product
+from jetspec_jax.layers import MLP, PRECISION, AttentionContext, DecoderLayer, RMSNorm, rotary_tables, rounded_product
+from jetspec_jax.moe import MoE
 
 
 class TargetOutput(NamedTuple):
@@ -40,7 +41,7 @@ class Target(nn.Module):
         c = self.config
         init = nn.initializers.normal(0.02)
         self.embedding = self.param("embedding", init, (c.vocab_size, c.hidden_size), c.jnp_dtype)
-        self.layers = [DecoderLayer(c) for _ in range(c.num_layers)]
+        self.layers = [DecoderLayer(c, MoE if c.has_experts(i) else MLP) for i in range(c.num_layers)]
         self.norm = RMSNorm(c)
         if not c.tie_embeddings:
             self.lm_head = self.param("lm_head", init, (c.hidden_size, c.vocab_size), c.jnp_dtype)

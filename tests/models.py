@@ -32,6 +32,11 @@ def tiny_target(**changes: Any) -> TargetConfig:
     return TargetConfig(**{**fields, **changes})
 
 
+def tiny_moe(**changes: Any) -> TargetConfig:
+    """Qwen3-MoE: five experts of which a token takes two."""
+    return tiny_target(**{"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12, **changes})
+
+
 def tiny_head(target: TargetConfig, **changes: Any) -> HeadConfig:
     fields: dict[str, Any] = {
         "vocab_size": target.vocab_size, "hidden_size": target.hidden_size, "intermediate_size": 20, "num_layers": 1,

@@ -10,7 +10,7 @@ from jetspec_jax import PRESETS, JetSpecError, SamplingParams, TreeConfig
 from jetspec_jax.config import default_target_layer_ids
 from jetspec_jax.head import head_shapes
 from jetspec_jax.target import target_shapes
-from tests.models import tiny_head, tiny_target
+from tests.models import tiny_head, tiny_moe, tiny_target
 
 
 def parameters(shapes):
@@ -20,13 +20,24 @@ def parameters(shapes):
 @pytest.mark.parametrize(("name", "count"), [
     ("smollm2-135m", 134_515_008), ("qwen3-0.6b", 596_049_920), ("qwen3-1.7b", 1_720_574_976),
     ("qwen3-4b", 4_022_468_096), ("qwen3-8b", 8_190_735_360), ("qwen3-14b", 14_768_307_200),
-    ("qwen3-32b", 32_762_123_264)])
+    ("qwen3-32b", 32_762_123_264), ("qwen3-30b-a3b", 30_532_122_624), ("qwen3-235b-a22b", 235_093_634_560)])
 def test_presets_have_the_published_size(name, count):
     assert parameters(target_shapes(PRESETS[name].target)) == count
 
 
-def test_the_released_8b_head_has_the_published_size():
-    assert parameters(head_shapes(PRESETS["qwen3-8b"].head)) == 1_048_626_432
+@pytest.mark.parametrize(("name", "count"), [("qwen3-8b", 1_048_626_432), ("qwen3-30b-a3b", 473_995_264)])
+def test_the_released_heads_have_the_published_size(name, count):
+    head = PRESETS[name].head
+    assert parameters(head_shapes(head)) == count
+    head.check_fits(PRESETS[name].target)
+
+
+def test_experts_take_the_place_of_the_mlp():
+    shapes = target_shapes(tiny_moe(num_layers=3, dense_layers=(1,)))["params"]
+    found = {i: jax.tree.map(lambda leaf: leaf.shape, shapes[f"layers_{i}"]["mlp"]) for i in range(3)}
+    experts = {"router": (16, 5), "gate_up_proj": (5, 16, 24), "down_proj": (5, 12, 16)}
+    assert found == {0: experts, 2: experts,
+                     1: {"gate_up_proj": {"kernel": (16, 48)}, "down_proj": {"kernel": (24, 16)}}}
 
 
 @pytest.mark.parametrize(("layers", "taps", "ids"), [
@@ -43,6 +54,8 @@ def test_default_taps(layers, taps, ids):
     lambda: SamplingParams(top_p=1.1), lambda: SamplingParams(top_k=True),
     lambda: tiny_target(num_heads=3, num_kv_heads=2), lambda: tiny_target(head_dim=7),
     lambda: tiny_target(vocab_size=0), lambda: tiny_target(dtype="int8"), lambda: tiny_target(rope_theta=0),
+    lambda: tiny_moe(num_experts_per_tok=6), lambda: tiny_moe(num_experts_per_tok=0),
+    lambda: tiny_moe(moe_intermediate_size=0), lambda: tiny_moe(num_experts=-1), lambda: tiny_moe(dense_layers=(2,)),
     lambda: tiny_head(tiny_target(), block_size=1), lambda: tiny_head(tiny_target(), target_layer_ids=()),
     lambda: tiny_head(tiny_target(), target_layer_ids=(2,)), lambda: tiny_head(tiny_target(), mask_token_id=23)])
 def test_nonsense_is_refused(make):

@@ -1,6 +1,7 @@
 """Conversion: every tensor arrives where it belongs, and nothing unsound gets through."""
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -16,6 +17,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from converters import convert
+from converters.assemble import take_apart
 from converters.cli import main
 from converters.names import head_slots, target_slots
 from jetspec_jax import JetSpecError, checkpoint, load_pretrained
@@ -23,9 +25,9 @@ from jetspec_jax.config import PRESETS
 from jetspec_jax.generate import generate
 from jetspec_jax.head import head_shapes
 from jetspec_jax.target import target_shapes
-from tests.models import DATA, tiny_head, tiny_target
+from tests.models import DATA, tiny_head, tiny_moe, tiny_target
 
-DENSE, TIED = DATA / "dense", DATA / "tied_bidirectional"
+DENSE, TIED, MOE = DATA / "dense", DATA / "tied_bidirectional", DATA / "moe"
 
 
 @pytest.fixture
@@ -59,7 +61,8 @@ def shard(folder, parts=3):
 
 
 @pytest.mark.parametrize("config", [PRESETS["qwen3-8b"].target, PRESETS["qwen3-0.6b"].target,
-                                    PRESETS["smollm2-135m"].target, tiny_target(qkv_bias=True, out_bias=True)])
+                                    PRESETS["smollm2-135m"].target, PRESETS["qwen3-30b-a3b"].target,
+                                    tiny_target(qkv_bias=True, out_bias=True)])
 def test_target_table_covers_every_parameter_once(config):
     assert_table_covers(target_slots(config), target_shapes(config))
 
@@ -69,21 +72,88 @@ def test_head_table_covers_every_parameter_once(config):
     assert_table_covers(head_slots(config), head_shapes(config))
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_both_layouts_of_experts_cover_every_parameter_once(fused):
+    config = tiny_moe(num_layers=3, dense_layers=(1,))
+    slots = target_slots(config, fused)
+    assert_table_covers(slots, target_shapes(config))
+    assert sum(len(slot.parts) for slot in slots) == 3 + 3 * 8 + 3 + 2 * (3 if fused else 1 + 3 * 5)
+
+
 def assert_table_covers(slots, shapes):
     expected = {tuple(key.key for key in path[1:]): leaf.shape
                 for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]}
     found = {}
     for slot in slots:
-        parts = [part.shape[::-1] if slot.transposed else part.shape for part in slot.parts]
         assert slot.path not in found
-        found[slot.path] = (*parts[0][:-1], sum(part[-1] for part in parts))
+        assert sum(math.prod(part.shape) for part in slot.parts) == math.prod(slot.shape)
+        found[slot.path] = slot.shape
     assert found == expected
     names = [part.name for slot in slots for part in slot.parts]
     assert len(names) == len(set(names))
 
 
-def test_the_released_head_has_58_tensors():
-    assert sum(len(slot.parts) for slot in head_slots(PRESETS["qwen3-8b"].head)) == 58
+@pytest.mark.parametrize(("name", "tensors"), [("qwen3-8b", 58), ("qwen3-30b-a3b", 91)])
+def test_the_released_heads_have_so_many_tensors(name, tensors):
+    assert sum(len(slot.parts) for slot in head_slots(PRESETS[name].head)) == tensors
+
+
+def fuse_experts(tensors):
+    """The layout that transformers has in memory: per layer [E, 2F, D] and [E, D, F]."""
+    stack = lambda layer, kind: np.stack([tensors.pop(f"{layer}.{e}.{kind}.weight") for e in range(8)])  # noqa: E731
+    for layer in [f"model.layers.{i}.mlp.experts" for i in range(5)]:
+        gate, up = stack(layer, "gate_proj"), stack(layer, "up_proj")
+        tensors[f"{layer}.gate_up_proj"] = np.concatenate([gate, up], axis=1)
+        tensors[f"{layer}.down_proj"] = stack(layer, "down_proj")
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_both_layouts_of_experts_become_the_same_checkpoint(tmp_path, pieces):
+    """Every expert's tensors in its place, by the file's own names; the checkpoint decodes as recorded."""
+    source = shutil.copytree(MOE / "target", tmp_path / "each")
+    tensors = load_file(source / "model.safetensors")
+    fused = shutil.copytree(source, tmp_path / "fused")
+    rewrite(fused, fuse_experts)
+    for folder in (source, fused):
+        if pieces > 1:
+            shard(folder, pieces)
+        assert main(["target", str(folder), str(tmp_path / f"{folder.name}_out")]) == 0
+    config, params = checkpoint.load(tmp_path / "each_out")
+    jax.tree.map(np.testing.assert_array_equal, params, checkpoint.load(tmp_path / "fused_out")[1])
+    mlp, theirs = params["params"]["layers_2"]["mlp"], "model.layers.2.mlp."
+    np.testing.assert_array_equal(mlp["router"], tensors[f"{theirs}gate.weight"].T)
+    np.testing.assert_array_equal(mlp["gate_up_proj"][6, :, 48:], tensors[f"{theirs}experts.6.up_proj.weight"].T)
+    np.testing.assert_array_equal(mlp["down_proj"][7], tensors[f"{theirs}experts.7.down_proj.weight"].T)
+    for name, tensor in take_apart(params, target_slots(config)):
+        np.testing.assert_array_equal(tensor, tensors.pop(name))
+    assert not tensors
+    case = json.loads((MOE / "expected.json").read_text())["cases"][0]
+    prompt = load_file(MOE / "activations.safetensors")["0.prompt"].tolist()
+    assert generate(load_pretrained(tmp_path / "each_out"), prompt, max_new_tokens=8, tree=None,
+                    eos_token_ids=()).token_ids == case["ar_token_ids"][:8]
+
+
+@pytest.mark.parametrize(("changes", "layers"), [
+    ({}, ()), ({"decoder_sparse_step": 2}, (0, 2, 4)), ({"mlp_only_layers": [3]}, (3,)),
+    ({"mlp_only_layers": [1, 0], "decoder_sparse_step": 3}, (0, 1, 3, 4)), ({"norm_topk_prob": False}, ()),
+    ({"num_local_experts": 8, "num_experts": 3}, ())])
+def test_which_layers_have_experts(tmp_path, changes, layers):
+    shutil.copy(MOE / "target" / "config.json", tmp_path)
+    edit_json(tmp_path / "config.json", **changes)
+    config = convert.read_config(tmp_path, "target")
+    assert (config.dense_layers, config.num_experts, config.num_experts_per_tok) == (layers, 8, 2)
+    assert config.norm_topk_prob == changes.get("norm_topk_prob", True)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"decoder_sparse_step": 0}, "decoder_sparse_step"), ({"mlp_only_layers": 3}, "mlp_only_layers must be a list"),
+    ({"mlp_only_layers": [2]}, "lacks"), ({"norm_topk_prob": "yes"}, "norm_topk_prob"),
+    ({"num_experts": None}, "lacks 'num_experts'"), ({"num_experts": 7}, "holds"), ({"num_experts": 9}, "lacks"),
+    ({"num_experts_per_tok": 9}, "more than num_experts"), ({"moe_intermediate_size": 40}, "shape")])
+def test_configs_of_experts_that_do_not_fit_are_refused(tmp_path, capsys, changes, message):
+    source = shutil.copytree(MOE / "target", tmp_path / "source")
+    edit_json(source / "config.json", **changes)
+    assert_refused(tmp_path, source, capsys, message)
 
 
 @pytest.mark.parametrize("pieces", [1, 3])
@@ -342,19 +412,25 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_peak_memory_stays_near_the_outputs_size(tmp_path):
+EXPERT_FIELDS = {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 1024}
+
+
+@pytest.mark.parametrize(("layers", "experts", "fused"), [(16, {}, False), (8, EXPERT_FIELDS, False),
+                                                          (8, EXPERT_FIELDS, True)])
+def test_peak_memory_stays_near_the_outputs_size(tmp_path, layers, experts, fused):
     """At most 1.3 times the output and 1 GB: a model of 1.2 GB whose parts would not fit twice."""
     config = tiny_target(dtype="bfloat16", vocab_size=150_000, hidden_size=1024, intermediate_size=4096,
-                         num_layers=16, num_heads=16, num_kv_heads=8, head_dim=64)
+                         num_layers=layers, num_heads=16, num_kv_heads=8, head_dim=64, **experts)
     source = tmp_path / "big"
     source.mkdir()
     rng = np.random.default_rng(0)
     block = rng.integers(0, 2**14, 2**20, dtype=np.uint16)  # finite bfloat16 bits
     save_file({part.name: np.resize(block, part.shape).view(ml_dtypes.bfloat16)
-               for slot in target_slots(config) for part in slot.parts}, source / "model.safetensors")
+               for slot in target_slots(config, fused) for part in slot.parts}, source / "model.safetensors")
     (source / "config.json").write_text(json.dumps({
-        "model_type": "qwen3", "vocab_size": 150_000, "hidden_size": 1024, "intermediate_size": 4096,
-        "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64,
+        **experts, "model_type": "qwen3_moe" if experts else "qwen3", "vocab_size": 150_000, "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": layers, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64,
         "rope_theta": 1e4, "rms_norm_eps": 1e-6, "max_position_embeddings": 600, "dtype": "bfloat16"}))
     done = run_python("""
         import resource, sys

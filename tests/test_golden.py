@@ -50,6 +50,25 @@ def test_target_logits_and_tapped_states(pairs, name, case):
     np.testing.assert_allclose(out.tapped[0], activations["target_hidden"], atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("case", range(3))
+def test_mixture_of_experts(case):
+    """A Qwen3-MoE target alone: logits of the prompt, greedy tokens."""
+    pair, (activations, expected) = load_pretrained(DATA / "moe" / "target"), recorded("moe", case)
+    assert pair.target_config.has_experts(0)
+    prompt = jnp.asarray(activations["prompt"], jnp.int32)[None]
+    size = prompt.shape[1]
+
+    @jax.jit
+    def logits(params):
+        out = target_forward(pair.target_config, params, prompt, jnp.arange(size, dtype=jnp.int32)[None],
+                             causal_bits(1, size), KVCache.create(pair.target_config, 1, 1), jnp.zeros((1,), jnp.int32))
+        return target_logits(pair.target_config, params, out.hidden[0])
+
+    np.testing.assert_allclose(logits(pair.params.target), activations["target_logits"], atol=TOLERANCE)
+    out = generate(pair, prompt[0].tolist(), max_new_tokens=expected["max_new"], tree=None, eos_token_ids=())
+    assert out.token_ids == expected["ar_token_ids"]
+
+
 def first_draft(pair, prompt, chunk):
     """The whole way: prompt in chunks, both caches filled, then the first draft's logits."""
     drafter = HeadDrafter(pair.target_config, pair.head_config, TreeConfig())
@@ -115,3 +134,11 @@ def test_whole_runs_with_the_kernels_interpreted(pairs, name, kernels, tokens):
         runs.append((run.token_ids, run.accept_lengths))
     assert runs[0] == runs[1]
     assert max(runs[0][1]) > 1
+
+
+def test_a_mixture_of_experts_with_the_kernels_interpreted():
+    pair = load_pretrained(DATA / "moe" / "target")
+    pair = dataclasses.replace(pair, target_config=dataclasses.replace(pair.target_config, kernels="pallas_interpret"))
+    activations, expected = recorded("moe", 0)
+    run = generate(pair, activations["prompt"].tolist(), max_new_tokens=12, tree=None, eos_token_ids=())
+    assert run.token_ids == expected["ar_token_ids"][:12]

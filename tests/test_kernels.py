@@ -127,7 +127,8 @@ def test_split_keys_are_combined(attention, splits):
 def test_split_keys_of_a_lone_query(attention, heads):
     config = TreeAttentionConfig(nodes=max(1, 16 // heads), keys=16, splits=4, warps=4, stages=2)
     rng = np.random.default_rng(0)
-    compare(attention, inputs(rng, jnp.float32, np.ones((2, 1, 1), bool), heads, 1, 16, 64, [40, 3]), jnp.float32, config)
+    ones = np.ones((2, 1, 1), bool)
+    compare(attention, inputs(rng, jnp.float32, ones, heads, 1, 16, 64, [40, 3]), jnp.float32, config)
 
 
 @pytest.mark.parametrize("cached", [16, 21])

@@ -1,5 +1,7 @@
 """The product: tree decoding gives the tokens of plain decoding. In float64, exactly."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,14 +12,23 @@ from jetspec_jax.attention import causal_bits
 from jetspec_jax.cache import KVCache
 from jetspec_jax.generate import generate
 from jetspec_jax.target import target_forward, target_logits
-from tests.models import BUILDERS, random_pair, tiny_head, tiny_target
+from tests.models import BUILDERS, random_pair, tiny_head, tiny_moe, tiny_target
 
 
 def prompts_of(rng, count, vocab, longest=70):
     return [rng.integers(0, vocab, rng.integers(1, longest)).tolist() for _ in range(count)]
 
 
-def random_case(seed):
+def random_experts(seed, layers):
+    """The fields of a mixture of experts, from one expert to many; sometimes with dense layers between."""
+    rng = np.random.default_rng(seed)
+    count = int(rng.choice([1, 3, 8, 16]))
+    return {"num_experts": count, "num_experts_per_tok": int(rng.integers(1, min(count, 4) + 1)),
+            "moe_intermediate_size": int(rng.choice([5, 12])), "norm_topk_prob": bool(rng.integers(2)),
+            "dense_layers": tuple(i for i in range(1, layers) if rng.integers(2))}
+
+
+def random_case(seed, experts=False):
     """A random target, head, tree, batch, prompts and EOS: everything that can vary."""
     rng = np.random.default_rng(seed)
     kv_heads, group = int(rng.choice([1, 2, 3])), int(rng.choice([1, 2, 4]))
@@ -25,6 +36,8 @@ def random_case(seed):
                          num_layers=int(rng.integers(1, 3)), num_heads=kv_heads * group, num_kv_heads=kv_heads,
                          head_dim=int(rng.choice([4, 6, 8])), qk_norm=bool(rng.integers(2)),
                          qkv_bias=bool(rng.integers(2)), tie_embeddings=bool(rng.integers(2)))
+    if experts:
+        target = dataclasses.replace(target, **random_experts(seed, target.num_layers))
     taps = tuple(sorted(rng.choice(target.num_layers, rng.integers(1, target.num_layers + 1), replace=False).tolist()))
     head = tiny_head(target, block_size=int(rng.choice([2, 4, 9, 16])), causal=bool(rng.integers(2)),
                      num_layers=1 + seed % 2, target_layer_ids=taps)
@@ -36,9 +49,10 @@ def random_case(seed):
             "eos": tuple(rng.choice(target.vocab_size, rng.integers(0, 3), replace=False).tolist())}
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_random_models_trees_and_batches(seed):
-    case = random_case(seed)
+@pytest.mark.parametrize(("seed", "experts"), [*((seed, False) for seed in range(30)),
+                                               *((seed, True) for seed in range(30, 38))])
+def test_random_models_trees_and_batches(seed, experts):
+    case = random_case(seed, experts)
     sampling = SamplingParams() if seed % 4 else SamplingParams(0.9, top_k=None if seed % 8 else 4,
                                                                 top_p=0.9 if seed % 12 else None)
     outs = [generate(case["pair"], case["prompts"], max_new_tokens=case["max_new_tokens"], tree=tree,
@@ -69,10 +83,11 @@ def naive_greedy(pair, prompt, tokens):
     return ids[len(prompt):]
 
 
-@pytest.mark.parametrize("length", [1, 31, 32, 33, 300])
-def test_plain_decoding_equals_full_forwards(length):
+@pytest.mark.parametrize(("length", "target"), [(1, None), (31, None), (32, None), (33, None), (300, None),
+                                                (33, tiny_moe())])
+def test_plain_decoding_equals_full_forwards(length, target):
     """Across the edges of prompt chunks: 300 tokens are read in two."""
-    pair = random_pair(length)
+    pair = random_pair(length, target)
     prompt = np.random.default_rng(length).integers(0, 23, length).tolist()
     assert generate(pair, prompt, max_new_tokens=12, tree=None).token_ids == naive_greedy(pair, prompt, 12)
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from jetspec_jax.target import target_forward, target_logits
 
 torch = pytest.importorskip("torch", reason="extra `parity` is not installed")
 transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors.torch") and pytest.importorskip("safetensors")
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
 SIZES = {"vocab_size": 131, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 3,
@@ -49,13 +51,52 @@ def random_model(kind, sizes, seed=0):
     return model
 
 
+EXPERTS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 8,
+           "num_experts_per_tok": 3, "moe_intermediate_size": 20, "norm_topk_prob": True}
+EXPERT_CASES = {
+    "all layers": {},
+    "shares of all experts, tied": {"norm_topk_prob": False, "tie_word_embeddings": True},
+    "dense layers": {"num_hidden_layers": 5, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
+}
+
+
+def random_experts(sizes, seed=0):
+    """A Qwen3-MoE model whose expert 5 never wins: three others have positive logits, one of each pair of opposites."""
+    model = random_model("Qwen3Moe", {**EXPERTS, **sizes}, seed)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            if hasattr(layer.mlp, "gate"):
+                router = layer.mlp.gate.weight
+                router[1], router[4], router[7], router[5] = -router[0], -router[3], -router[6], 0
+    return model
+
+
+def save_experts(model, folder, fused):
+    """As published (every expert by itself), or as transformers holds it in memory (one tensor a projection)."""
+    model.save_pretrained(folder)
+    if fused:
+        tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        if model.config.tie_word_embeddings:
+            del tensors["lm_head.weight"]
+        safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    names = safetensors.safe_open(folder / "model.safetensors", "np").keys()
+    assert any(name.endswith("experts.gate_up_proj") for name in names) == fused
+    assert any(name.endswith("experts.7.up_proj.weight") for name in names) != fused
+
+
 def our_logits(pair, ids, taps=()):
     ids = jnp.asarray(ids, jnp.int32)
     batch, size = ids.shape
     positions = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32)[None], ids.shape)
-    out = target_forward(pair.target_config, pair.params.target, ids, positions, causal_bits(batch, size),
-                         KVCache.create(pair.target_config, batch, 1), jnp.zeros((batch,), jnp.int32), taps)
-    return np.asarray(target_logits(pair.target_config, pair.params.target, out.hidden)), np.asarray(out.tapped)
+
+    @jax.jit
+    def forward(params):
+        out = target_forward(pair.target_config, params, ids, positions, causal_bits(batch, size),
+                             KVCache.create(pair.target_config, batch, 1), jnp.zeros((batch,), jnp.int32), taps)
+        return target_logits(pair.target_config, params, out.hidden), out.tapped
+
+    logits, tapped = forward(pair.params.target)
+    return np.asarray(logits), np.asarray(tapped)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -72,6 +113,24 @@ def test_logits_and_tapped_states(tmp_path, case):
         width = model.config.hidden_size
         np.testing.assert_allclose(tapped[..., i * width:(i + 1) * width], theirs.hidden_states[i + 1].numpy(),
                                    atol=1e-4 * float(theirs.hidden_states[i + 1].abs().max()))
+
+
+@pytest.mark.parametrize(("case", "fused"), [*((case, False) for case in EXPERT_CASES), ("all layers", True)])
+def test_mixtures_of_experts(tmp_path, case, fused):
+    """Both layouts; from one token to 256; uneven routing with an expert that no token chooses."""
+    model = random_experts(EXPERT_CASES[case])
+    save_experts(model, tmp_path / "hf", fused)
+    pair = load_pretrained(tmp_path / "hf")
+    for size in (1, 37, 256):
+        ids = np.random.default_rng(size).integers(0, 131, (1, size))
+        with torch.inference_mode():
+            theirs = model(torch.tensor(ids), output_router_logits=True, output_hidden_states=True)
+        logits, tapped = our_logits(pair, ids, taps=(0, 1))
+        expected = theirs.logits.numpy()
+        np.testing.assert_allclose(logits, expected, atol=1e-4 * max(1, np.abs(expected).max()))
+        np.testing.assert_allclose(tapped[..., 48:], theirs.hidden_states[2].numpy(), atol=1e-3)
+    chosen = [np.bincount(layer.topk(3).indices.flatten(), minlength=8) for layer in theirs.router_logits]
+    assert all(counts[5] == 0 and counts.max() > 1.5 * counts[counts > 0].min() for counts in chosen)
 
 
 @pytest.mark.parametrize("case", ["qwen3 untied, groups of 2", "llama tied, biases, head_dim"])
@@ -101,9 +160,9 @@ def test_bfloat16_files(tmp_path):
     np.testing.assert_allclose(our_logits(narrow, ids)[0], exact, atol=0.05 * scale)
 
 
-@pytest.mark.parametrize("case", ["qwen3 untied, groups of 2", "llama"])
+@pytest.mark.parametrize("case", ["qwen3 untied, groups of 2", "llama", "dense layers"])
 def test_greedy_generation(tmp_path, case):
-    model = random_model(*CASES[case])
+    model = random_model(*CASES[case]) if case in CASES else random_experts(EXPERT_CASES[case])
     model.save_pretrained(tmp_path / "hf")
     prompt = [5, 99, 3]
     with torch.inference_mode():

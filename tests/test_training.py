@@ -32,7 +32,7 @@ from jetspec_jax.training.loss import (
 )
 from jetspec_jax.training.record import record_answers
 from jetspec_jax.training.trainer import Trainer
-from tests.models import random_pair, tiny_head, tiny_target
+from tests.models import random_pair, tiny_head, tiny_moe, tiny_target
 
 LAYERS = (0, 1)
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6], [5, 3], [5, 8, 9, 7, 9, 3], [2, 3, 8, 4]]
@@ -336,6 +336,19 @@ def test_a_repeated_text_is_learnt_to_the_full_block(pair, tmp_path):
                       max_new_tokens=24, tree=TreeConfig("chain"), eos_token_ids=())
     block = pair.head_config.block_size
     assert answer.accept_lengths[:-1] == [block] * (len(answer.accept_lengths) - 1)
+
+
+def test_a_head_learns_from_a_mixture_of_experts(tmp_path):
+    target = tiny_moe(dtype="float32")
+    pair = random_pair(2, target, tiny_head(target))
+    config = config_of(steps=60, anchors=20, learning_rate=1e-2)
+    batches = Batches(record(pair, tmp_path / "d", prompts=PROMPTS[:2]), config)
+    start = trainer_of(pair, config).create_state(init_head(pair.head_config, jax.random.key(0)))
+    curve, _ = losses(trainer_of(pair, config), start, batches)
+    assert np.mean(curve[-5:]) < 0.5 * np.mean(curve[:5])
+    with pytest.raises(JetSpecError, match="mixtures of experts; start it at random"):
+        head_from_target(target, tiny_head(target, intermediate_size=24, num_heads=4, num_kv_heads=2),
+                         pair.params.target, jax.random.key(0))
 
 
 def test_killed_and_resumed_gives_the_same_curve(pair, dataset, tmp_path):

@@ -27,9 +27,12 @@ def head_from_target(target: TargetConfig, head: HeadConfig, params: dict, key: 
                                f"the target's {getattr(target, name)}; start it at random")
     if head.num_layers > target.num_layers or (target.qkv_bias, target.out_bias) != (head.qkv_bias, head.out_bias):
         raise JetSpecError("a head with more layers than the target, or other biases, cannot start from its layers")
+    first = target.num_layers - head.num_layers
+    if any(target.has_experts(i) for i in range(first, target.num_layers)):
+        raise JetSpecError("a head cannot start from the target's last layers: they are mixtures of experts; start it "
+                           "at random")
     dtype = head.jnp_dtype
     source, made = params["params"], jax.tree.map(lambda leaf: leaf, init_head(head, key))["params"]
-    first = target.num_layers - head.num_layers
     for i in range(head.num_layers):
         # Where the target has no query and key norms, the head's stay at one.
         made[f"layers_{i}"] = _overlay(made[f"layers_{i}"], source[f"layers_{first + i}"])
