@@ -31,7 +31,7 @@ from jetspec_jax.config import PRESETS
 from pallas_kernels.tree_attention import pallas, triton
 
 DUMPS = Path(os.environ["JAX_TRITON_DUMP_DIR"])
-H100 = Path(__file__).parents[1] / "tests/data/h100/h100_sxm.txtpb"
+H100 = Path(__file__).with_name("h100") / "h100_sxm.txtpb"
 # The newest of the wheel's assemblers; it knows the H100 as well.
 PTXAS = Path(triton_package.__file__).parent / "backends/nvidia/bin/ptxas-blackwell"
 LOWERINGS: dict[str, Callable[..., Array]] = {"pallas": pallas.tree_attention, "triton": triton.tree_attention}
