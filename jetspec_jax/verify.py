@@ -38,6 +38,5 @@ def accept(tree: DraftTree, verdict: Array, max_path: int) -> AcceptedPath:
     count = jnp.take_along_axis(tree.depth, best, axis=1)[:, 0] + 1
     on_path = unpack_bits(jnp.take_along_axis(tree.ancestors, best[:, :, None], axis=1)[:, 0], nodes)  # [B, N]
     step = jnp.arange(max_path, dtype=jnp.int32)[None, :, None]
-    here = on_path[:, None, :] & (tree.depth[:, None, :] == step)  # one node at each depth
-    path = jnp.max(jnp.where(here, index[:, None, :], 0), axis=-1)  # [B, R]
+    path = jnp.argmax(on_path[:, None, :] & (tree.depth[:, None, :] == step), axis=-1).astype(jnp.int32)  # [B, R]
     return AcceptedPath(path, jnp.take_along_axis(verdict, path, axis=1), count)
