@@ -92,10 +92,11 @@ def test_plain_decoding_equals_full_forwards(length, target):
     assert generate(pair, prompt, max_new_tokens=12, tree=None).token_ids == naive_greedy(pair, prompt, 12)
 
 
-@pytest.mark.parametrize("builder", ["accum_logp", "best_first"])
-def test_float32_differs_only_at_near_ties(builder):
+@pytest.mark.parametrize(("builder", "make"), [("accum_logp", tiny_target), ("best_first", tiny_target),
+                                               ("accum_logp", tiny_moe)])
+def test_float32_differs_only_at_near_ties(builder, make):
     """In float32 another token is allowed only where two logits are closer than 1e-4."""
-    target = tiny_target(dtype="float32", vocab_size=200, hidden_size=32)
+    target = make(dtype="float32", vocab_size=200, hidden_size=32)
     pair = random_pair(11, target, tiny_head(target))
     rng = np.random.default_rng(0)
     for prompt in prompts_of(rng, 6, 200):

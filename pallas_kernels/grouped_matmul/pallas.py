@@ -38,14 +38,15 @@ class GroupedMatmulConfig:
     stages: int = 4
 
 
-def choose_config(tokens: int, choices: int, experts: int, inner: int, width: int, parts: int) -> GroupedMatmulConfig:
-    """Tiles for `parts` products [rows, inner] x [inner, width] of each expert.
+def choose_config(tokens: int, choices: int, experts: int, inner: int, width: int, parts: int,
+                  itemsize: int = 2) -> GroupedMatmulConfig:
+    """Tiles for `parts` products [rows, inner] x [inner, width] of each expert, of `itemsize` bytes a number.
 
     Raises:
         NotImplementedError: a size that the kernel does not take.
     """
-    depth, columns = min(inner & -inner, 64), min(width & -width, 128 // parts)  # powers of two that divide
-    if min(depth, columns) < 16:
+    depth, columns = min(inner & -inner, 128 // itemsize), min(width & -width, 256 // (parts * itemsize))
+    if min(depth, columns) < 16:  # both are powers of two that divide
         raise NotImplementedError(f"expert matrices of {inner} x {width}: both must be multiples of 16")
     while columns > 32 and min(experts, tokens * choices) * (width // columns) < BUSY_BLOCKS:
         columns //= 2
@@ -66,8 +67,8 @@ def grouped_mlp(x: Array, experts: Array, weights: Array, gate_up: Array, down: 
         raise NotImplementedError(f"dtype {x.dtype}")
     hidden = _grouped_matmul(x, experts, gate_up, gated=True, interpret=interpret)
     out = _grouped_matmul(hidden, experts, down, gated=False, interpret=interpret)
-    # Rows of experts that are not here were never written.
-    here = (experts >= 0) & (experts < gate_up.shape[0])
+    # Rows of experts that are not here were never written. (As unsigned numbers, negative ids are large.)
+    here = experts.astype(jnp.uint32) < gate_up.shape[0]
     scaled = out.astype(jnp.float32).reshape(*experts.shape, -1) * weights[:, :, None]
     return jnp.sum(jnp.where(here[:, :, None], scaled, 0), axis=1)
 
@@ -79,7 +80,7 @@ def _grouped_matmul(x: Array, experts: Array, matrices: Array, gated: bool, inte
         [N*A, Z] for matrices [E, Y, Z]; gated, [N*A, Z/2]: silu of the first half's product times the second's.
     """
     (tokens, choices), (count, inner, width), parts = experts.shape, matrices.shape, 2 if gated else 1
-    config = choose_config(tokens, choices, count, inner, width // parts, parts)
+    config = choose_config(tokens, choices, count, inner, width // parts, parts, x.dtype.itemsize)
     slots = min(count, tokens * choices)  # experts that can have rows at all
     whole = pl.BlockSpec(memory_space=pl.ANY)
     out: Array = pl.pallas_call(

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 ROWS = 16
-MAX_DEPTH = 128  # of the inner dimension, a step
+MAX_DEPTH = 256  # bytes of the inner dimension, a step
 MAX_EXPERTS = 256  # whose logits a block holds in registers
 
 
@@ -48,7 +48,7 @@ def _kernel(
     *, choices: int, normalised: bool,
 ) -> None:
     (rows, inner), count = x_ref.shape, matrix_ref.shape[1]
-    depth, columns = min(inner & -inner, MAX_DEPTH), max(16, pl.next_power_of_2(count))
+    depth, columns = min(inner & -inner, MAX_DEPTH // x_ref.dtype.itemsize), max(16, pl.next_power_of_2(count))
     first_row = pl.program_id(0) * ROWS
     exact = lax.Precision.HIGHEST if x_ref.dtype == jnp.float32 else None  # no TF32
 
