@@ -9,7 +9,7 @@ def test_measures_kernels_and_rounds(tmp_path):
     done = run("experiments/h100_bench.py", "--out", tmp_path / "out", "--tiny", "--repeats", 1)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert {row["name"] for row in report["kernels"]} >= {"tree_attention", "qk_norm_rope", "add_norm"}
+    assert {row["name"] for row in report["kernels"]} >= {"tree_attention", "qk_norm_rope", "add_norm", "tree_build"}
     assert [row["budget"] for row in report["rounds"]] == [8]
     for row in (*report["kernels"], *report["rounds"], report["plain"]):
         assert row["seconds"] > row["floor_seconds"] > 0

@@ -283,21 +283,21 @@ def test_memory(qwen3_8b):
 @aot
 @needs_plugin
 def test_launches(qwen3_8b):
-    """At most 9 launches a layer, and one more where keys are split, as they are here in both."""
-    assert qwen3_8b["launches"]["per_target_layer"] <= 10
-    assert qwen3_8b["launches"]["per_head_layer"] <= 11  # wanted: 10; the features are put before the rows by one more
-    assert qwen3_8b["launches"]["total"] <= 803
+    """At most 9 launches a layer, although keys are split, which takes one more."""
+    launches = qwen3_8b["launches"]
+    assert (launches["per_target_layer"], launches["per_head_layer"]) == (9, 9)
+    assert launches["by_kind"]["tree_attention_combine"] == 36 + 5
+    assert launches["total"] <= 36 * 9 + 5 * 9 + 45
 
 
 @aot
 @needs_plugin
 def test_kernels(qwen3_8b):
     kernels = qwen3_8b["kernels"]
-    assert {k["name"] for k in kernels} >= {"tree_attention", "tree_attention__1", "qk_norm_rope", "add_norm"}
-    spilling = {k["name"]: k["spill_bytes"] for k in kernels if k["spill_bytes"]}
-    assert spilling == {"tree_attention_combine__1": 128}  # wanted: {}
+    assert {k["name"] for k in kernels} >= {"tree_attention", "tree_attention__1", "qk_norm_rope", "add_norm", "tree_build"}
     for kernel in kernels:
         assert 0 < kernel["registers"] <= 255
+        assert kernel["spill_bytes"] == 0, kernel["name"]
         assert kernel["shared_bytes"] <= 227 * 1024
         if kernel["name"] in ("tree_attention", "tree_attention__1"):
             assert kernel["wgmma"] > 0
@@ -308,6 +308,6 @@ def test_kernels(qwen3_8b):
 @needs_plugin
 def test_the_time_of_a_round_is_close_to_its_floor(qwen3_8b):
     assert qwen3_8b["floor_seconds"] == pytest.approx(6.96e-3, rel=0.01)
-    assert qwen3_8b["estimate_seconds"] <= 1.41 * qwen3_8b["floor_seconds"]  # wanted: 1.25
+    assert qwen3_8b["estimate_seconds"] <= 1.25 * qwen3_8b["floor_seconds"]
     assert qwen3_8b["plain"]["estimate_seconds"] <= 1.25 * qwen3_8b["plain"]["floor_seconds"]
     assert qwen3_8b["plain"]["floor_seconds"] < qwen3_8b["plain"]["estimate_seconds"] < qwen3_8b["estimate_seconds"]

@@ -38,17 +38,18 @@ def sweep(folder: Path) -> None:
     page = folder / "h100.md"
     if not page.is_file():
         raise JetSpecError(f"--sweep writes its table into {page}, which does not exist")
+    name, budget, context = EXAMPLE
+    setup = setup_for(name, TreeConfig(budget=budget), 1, context)
+    account = "```\n" + describe(name, setup, plan(setup, temperature=0.8)) + "\n```"
+    write_beside(page, fill(page.read_text(), "account", account))
     rows = []
     for name in MODELS:
         for context in CONTEXTS:
             rows += sweep_context(name, context)
-    write_beside(folder / "h100.json", json.dumps(rows, indent=1) + "\n")
-    plot(rows, folder / "h100.png")
-    name, budget, context = EXAMPLE
-    setup = setup_for(name, TreeConfig(budget=budget), 1, context)
-    account = "```\n" + describe(name, setup, plan(setup, temperature=0.8)) + "\n```"
-    text = fill(fill(page.read_text(), "account", account), "table", table(rows))
-    write_beside(page, text)
+        # Each model takes minutes: what is there is written.
+        write_beside(folder / "h100.json", json.dumps(rows, indent=1) + "\n")
+        write_beside(page, fill(page.read_text(), "table", table(rows)))
+        plot(rows, folder / "h100.png")
 
 
 def sweep_context(name: str, context: int) -> list[dict[str, Any]]:
@@ -93,8 +94,9 @@ def fill(text: str, mark: str, content: str) -> str:
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Time of a round against its budget; a panel per model, a colour per context."""
-    figure, panels = plt.subplots(1, len(MODELS), figsize=(10, 3.2), layout="constrained")
-    for panel, name in zip(panels, MODELS, strict=True):
+    names = list(dict.fromkeys(r["model"] for r in rows))
+    figure, ((*panels,),) = plt.subplots(1, len(names), figsize=(10, 3.2), layout="constrained", squeeze=False)
+    for panel, name in zip(panels, names, strict=True):
         for color, context in zip(("C0", "C1", "C2"), CONTEXTS, strict=True):
             line = [r for r in rows if r["model"] == name and r["context"] == context]
             budgets = [r["budget"] for r in line]
