@@ -72,6 +72,33 @@ def make_mesh(tensor_parallel: int = 1, data_parallel: int = 1) -> Mesh:
     return Mesh(np.asarray(devices[:needed]).reshape(data_parallel, tensor_parallel), (DATA, TENSOR))
 
 
+def connect(coordinator: str | None = None, processes: int | None = None, process_id: int | None = None) -> None:
+    """Joins the processes of one run (`jax.distributed`): afterwards `jax.devices()` are those of all of them.
+
+    To be called before anything else of JAX; every process then makes the same mesh and the same calls.
+
+    Args:
+        coordinator: HOST:PORT of the first process. None: all three from the cluster's environment (Slurm, Open MPI,
+            Kubernetes).
+        processes: how many there are.
+        process_id: which one this is, from 0.
+
+    Raises:
+        JetSpecError: numbers that do not fit, or processes that cannot be found.
+    """
+    if coordinator is not None:
+        if processes is None or process_id is None or not 0 <= process_id < processes:
+            raise JetSpecError(f"a coordinator needs the number of processes and which of them this is, from 0, not "
+                               f"{processes!r} and {process_id!r}")
+        if not re.fullmatch(r".+:\d+", coordinator):
+            raise JetSpecError(f"the coordinator must be HOST:PORT, not {coordinator!r}")
+    try:
+        jax.distributed.initialize(coordinator, processes, process_id)
+    except (RuntimeError, ValueError) as error:
+        raise JetSpecError(f"the processes of this run cannot be joined: {str(error).splitlines()[0]}; name them with a "
+                           "coordinator, the number of processes and which of them this is") from error
+
+
 def shards_of(mesh: Mesh | None) -> tuple[int, int]:
     """(groups along "data", devices along "tensor"); no mesh is one device.
 
@@ -99,11 +126,13 @@ def spec_of(name: str, rank: int) -> PartitionSpec:
 
 def specs(tree: Any) -> Any:
     """`spec_of` every leaf of a tree (or of named arguments in a dict)."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: spec_of(_name(path), leaf.ndim), tree)
+    return named_map(lambda name, leaf: spec_of(name, leaf.ndim), tree)
 
 
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+def named_map(function: Callable[[str, Any], Any], tree: Any) -> Any:
+    """`function(path/of/the/leaf, leaf)` for every leaf of a tree."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: function(jax.tree_util.keystr(path, simple=True, separator="/"), leaf), tree)
 
 
 def put(mesh: Mesh | None, **named: Any) -> tuple:
@@ -161,15 +190,11 @@ def arrange(name: str, value: Array, config: TransformerConfig, mesh: Mesh) -> A
     return _deal(value, parts, mesh)
 
 
-def place(params: dict, config: TransformerConfig, mesh: Mesh) -> dict:
-    """`{"params": ...}` on the host or one device -> the same, spread over a mesh."""
-
-    def one(path: tuple, leaf: Any) -> Array:
-        name = _name(path)
-        return arrange(name, _put(mesh, leaf, stored_spec(name, leaf.ndim)), config, mesh)
-
-    placed: dict = jax.tree_util.tree_map_with_path(one, params)
-    return placed
+def place(name: str, value: Any, config: TransformerConfig, mesh: Mesh | None) -> Array:
+    """A parameter on the host -> on the default device, or spread over a mesh."""
+    if mesh is None:
+        return jax.device_put(value)
+    return arrange(name, _put(mesh, value, stored_spec(name, value.ndim)), config, mesh)
 
 
 def _is_fused(name: str) -> bool:
