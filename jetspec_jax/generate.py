@@ -183,8 +183,8 @@ def _run(pair: Pair, prompts: list[Prompt], max_new_tokens: int, batch_size: int
     if not is_integer(seed) or not 0 <= seed < 2**32:
         raise JetSpecError(f"seed must be an integer from 0 to 2**32 - 1, not {seed!r}")
     if batch_size is not None and batch_size % groups:
-        raise JetSpecError(f"batch_size {batch_size} is not a multiple of the mesh's {groups} groups of devices: choose "
-                           "one that is")
+        raise JetSpecError(f"batch_size {batch_size} is not a multiple of the mesh's {groups} groups of devices: "
+                           "choose one that is")
     rows = min(batch_size or DEFAULT_BATCH * groups, len(requests))
     rows = -(-rows // groups) * groups
     run = Run(pair, decoder, Sampler.create(sampling, shards), eos, seed, max_new_tokens)

@@ -51,12 +51,14 @@ def load_pretrained(target: str | Path, head: str | Path | None = None, *, dtype
         folder = _embedded_default()
     else:
         folder = _find(preset.target_source, "target", preset)
+    # What does not fit should not cost the loading of a large target.
+    target_shape = _read_config(folder, "target")
+    target_shape.share(shards)
     head_folder = None
     if head is not None or (preset is not None and preset.head_source):
         head_folder = _find_head(head, preset)
-        # A head that does not fit should not cost the loading of a large target.
         head_shape = _read_config(head_folder, "head")
-        head_shape.check_fits(_read_config(folder, "target"))
+        head_shape.check_fits(target_shape)
         head_shape.share(shards)
 
     target_config, target_params = _load(folder, "target", dtype, mesh)

@@ -107,8 +107,8 @@ def mass_threshold(x: Array, weight: Array, mass: Array, shards: int = 1) -> Arr
     """The largest value t of x [..., V] with sum(weight where x >= t) >= mass, found without sorting.
 
     Floats are mapped to integers of the same order and the threshold is bisected bit by bit: 32 (64 for float64)
-    passes over x, each a compare and a sum (over all devices where they share the axis). Ties at the threshold are all kept. If rounding keeps the whole sum just
-    below `mass`, the threshold falls below every value and nothing is cut.
+    passes over x, each a compare and a sum (over all devices where they share the axis). Ties at the threshold are all
+    kept. If rounding keeps the whole sum just below `mass`, the threshold falls below every value and nothing is cut.
     """
     ordered = _ordered_bits(x)
     word = ordered.dtype

@@ -88,15 +88,15 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
     """
     if coordinator is not None:
         if processes is None or process_id is None or not 0 <= process_id < processes:
-            raise JetSpecError(f"a coordinator needs the number of processes and which of them this is, from 0, not "
+            raise JetSpecError("a coordinator needs the number of processes and which of them this is, from 0, not "
                                f"{processes!r} and {process_id!r}")
         if not re.fullmatch(r".+:\d+", coordinator):
             raise JetSpecError(f"the coordinator must be HOST:PORT, not {coordinator!r}")
     try:
         jax.distributed.initialize(coordinator, processes, process_id)
     except (RuntimeError, ValueError) as error:
-        raise JetSpecError(f"the processes of this run cannot be joined: {str(error).splitlines()[0]}; name them with a "
-                           "coordinator, the number of processes and which of them this is") from error
+        raise JetSpecError(f"the processes of this run cannot be joined: {str(error).splitlines()[0]}; name them with "
+                           "a coordinator, the number of processes and which of them this is") from error
 
 
 def shards_of(mesh: Mesh | None) -> tuple[int, int]:

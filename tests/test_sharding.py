@@ -26,7 +26,7 @@ from jetspec_jax.draft import HeadDrafter, NoDrafter, Params, top_logp
 from jetspec_jax.generate import generate
 from jetspec_jax.head import head_shapes
 from jetspec_jax.sampling import Sampler, argmax_everywhere, warp
-from jetspec_jax.sharding import make_mesh, named_map, over_mesh, put
+from jetspec_jax.sharding import connect, make_mesh, named_map, over_mesh, put
 from jetspec_jax.target import target_shapes
 from tests.models import DATA as RECORDED
 from tests.models import on_mesh, random_pair, random_params, tiny_head, tiny_target
@@ -142,7 +142,8 @@ def collectives(drafter, pair, groups, sampling):
 def test_what_travels_in_a_round(plain, sampling):
     """Two sums a layer, one of the embeddings, one of the head's fused features; beside them a few values a node."""
     target = dataclasses.replace(TARGET, num_layers=3)
-    pair = on_mesh(random_pair(2, target, tiny_head(target, num_heads=4, num_kv_heads=4, num_layers=2)), make_mesh(2, 2))
+    head = tiny_head(target, num_heads=4, num_kv_heads=4, num_layers=2)
+    pair = on_mesh(random_pair(2, target, head), make_mesh(2, 2))
     share = pair.share()
     drafter = NoDrafter() if plain else HeadDrafter(share.target_config, share.head_config, TREE)
     found = collectives(drafter, pair, 2, sampling)
@@ -153,7 +154,8 @@ def test_what_travels_in_a_round(plain, sampling):
         if shape[-1:] != (target.hidden_size,):
             assert name in ("all-reduce", "all-gather"), (name, where)
             assert math.prod(shape) <= small, (name, shape, where)
-    assert sum(dtype == "s32" and shape == () and "while" in where for _, dtype, shape, where in found) == 1  # who goes on
+    # Whether any group goes on: one number.
+    assert sum(dtype == "s32" and shape == () and "while" in where for _, dtype, shape, where in found) == 1
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +235,17 @@ def test_bad_meshes_are_refused(pair, saved):
         generate(spread, [[1]] * 5, batch_size=3)
 
 
+def test_processes_that_do_not_fit_are_refused():
+    with pytest.raises(JetSpecError, match="from 0, not 2 and 2"):
+        connect("here:1", 2, 2)
+    with pytest.raises(JetSpecError, match="from 0, not None and 0"):
+        connect("here:1", None, 0)
+    with pytest.raises(JetSpecError, match="must be HOST:PORT, not 'here'"):
+        connect("here", 2, 0)
+    with pytest.raises(JetSpecError, match=r"cannot be joined.*name them with a coordinator"):
+        connect()  # no cluster, and too late
+
+
 def environment(devices):
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     return os.environ | {"XLA_FLAGS": flags}
@@ -253,9 +266,9 @@ def test_two_processes_decode_the_recorded_run():
     prompt = load_file(RECORDED / "dense" / "activations.safetensors")["0.prompt"].tolist()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        address = "127.0.0.1:%d" % probe.getsockname()[1]
-    both = [decode(*RECORDED_PAIR, "--prompt", " ".join(map(str, prompt)), "--max-new-tokens", case["max_new"], "--json",
-                   "--coordinator", address, "--processes", 2, "--process-id", i) for i in range(2)]
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    both = [decode(*RECORDED_PAIR, "--prompt", " ".join(map(str, prompt)), "--max-new-tokens", case["max_new"],
+                   "--json", "--coordinator", address, "--processes", 2, "--process-id", i) for i in range(2)]
     (out, err), (silent, err_of_second) = (process.communicate(timeout=300) for process in both)
     assert [process.returncode for process in both] == [0, 0], err + err_of_second
     assert json.loads(out.splitlines()[-1])["token_ids"] == case["ar_token_ids"]
@@ -265,10 +278,7 @@ def test_two_processes_decode_the_recorded_run():
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (("--tensor-parallel", 3), "a mesh of 1 x 3 needs 3 devices, and there are 2"),
-    (("--tensor-parallel", 0), "tensor_parallel must be an integer of at least 1, not 0"),
     (("--processes", 2), "--processes and --process-id need --coordinator HOST:PORT"),
-    (("--coordinator", "here:1", "--processes", 2, "--process-id", 2), "not 2 and 2"),
-    (("--coordinator", "here", "--processes", 2, "--process-id", 0), "the coordinator must be HOST:PORT, not 'here'"),
 ])
 def test_options_that_do_not_fit_are_one_line(arguments, message):
     process = decode(*RECORDED_PAIR, "--prompt", "1 2", *arguments, devices=2)
