@@ -18,6 +18,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 from safetensors.numpy import load_file
 
+from converters import convert
 from jetspec_jax import JetSpecError, PromptLookup, SamplingParams, TreeConfig, checkpoint, load_pretrained, sharding
 from jetspec_jax.autoregressive import AutoregressiveHeadConfig, autoregressive_shapes
 from jetspec_jax.collectives import DATA, TENSOR
@@ -257,18 +258,36 @@ def decode(*arguments, devices=1):
                             stderr=subprocess.PIPE, text=True)
 
 
-RECORDED_PAIR = ("--model", RECORDED / "dense" / "target", "--head", RECORDED / "dense" / "head")
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """The recorded pair, converted."""
+    folder = tmp_path_factory.mktemp("recorded")
+    convert.convert_target(RECORDED / "dense" / "target", folder / "target", progress=False)
+    convert.convert_head(RECORDED / "dense" / "head", folder / "head", progress=False)
+    return folder
 
 
-def test_two_processes_decode_the_recorded_run():
+def test_foreign_files_are_read_into_the_same_shares(recorded):
+    mesh = make_mesh(2)
+    for kind, read in (("target", convert.read_target), ("head", convert.read_head)):
+        foreign = read(RECORDED / "dense" / kind, progress=False, mesh=mesh)[1]
+        ours = checkpoint.load(recorded / kind, mesh=mesh)[1]
+        for a, b in zip(jax.tree.leaves(foreign), jax.tree.leaves(ours), strict=True):
+            assert a.sharding == b.sharding
+            np.testing.assert_array_equal(a, b)
+            assert a.ndim == 1 or {2 * shard.data.size for shard in a.addressable_shards} == {a.size}
+
+
+def test_two_processes_decode_the_recorded_run(recorded):
     """Met through `jax.distributed`; each holds half of every layer, and the first one prints."""
     case = json.loads((RECORDED / "dense" / "expected.json").read_text())["cases"][0]
     prompt = load_file(RECORDED / "dense" / "activations.safetensors")["0.prompt"].tolist()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    both = [decode(*RECORDED_PAIR, "--prompt", " ".join(map(str, prompt)), "--max-new-tokens", case["max_new"],
-                   "--json", "--coordinator", address, "--processes", 2, "--process-id", i) for i in range(2)]
+    both = [decode("--model", recorded / "target", "--head", recorded / "head", "--prompt", " ".join(map(str, prompt)),
+                   "--max-new-tokens", case["max_new"], "--json", "--coordinator", address, "--processes", 2,
+                   "--process-id", i) for i in range(2)]
     (out, err), (silent, err_of_second) = (process.communicate(timeout=300) for process in both)
     assert [process.returncode for process in both] == [0, 0], err + err_of_second
     assert json.loads(out.splitlines()[-1])["token_ids"] == case["ar_token_ids"]
@@ -281,7 +300,7 @@ def test_two_processes_decode_the_recorded_run():
     (("--processes", 2), "--processes and --process-id need --coordinator HOST:PORT"),
 ])
 def test_options_that_do_not_fit_are_one_line(arguments, message):
-    process = decode(*RECORDED_PAIR, "--prompt", "1 2", *arguments, devices=2)
+    process = decode("--model", "qwen3-8b", "--prompt", "1 2", *arguments, devices=2)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 2
     assert message in err
