@@ -65,13 +65,14 @@ class TransformerConfig:
         product_dtype: the operands of the projections' products are rounded to this dtype, and their sums stay wide
             (mixed precision, forward and backward; faster on CPUs with bfloat16 units). None: dtype.
         shards: devices that share each layer. The heads and the MLP width above are then what one of them holds (see
-            `share`); the vocabulary is the whole one.
+            `share`); vocabulary and experts are counted whole.
         kernels: "auto" (the Pallas kernels on NVIDIA GPUs, plain JAX elsewhere), or one of them by name; "triton" is
             the attention in plain Triton (extra `gpu`) and the other kernels in Pallas; "pallas_interpret" and
             "triton_interpret" run the kernels slowly on the CPU, to test them.
     """
 
     kind: ClassVar[str] = "model"  # in messages
+    shared: ClassVar[tuple[str, ...]] = ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size", "hidden_size")
 
     vocab_size: int
     hidden_size: int
@@ -122,12 +123,13 @@ class TransformerConfig:
         Raises:
             JetSpecError: a size that cannot be split evenly.
         """
-        split = ("num_heads", "num_kv_heads", "intermediate_size")
-        for name in (*split, "vocab_size", "hidden_size"):
+        for name in self.shared:
             size = getattr(self, name)
             _require(size % shards == 0, f"the {self.kind}'s {name} {size} cannot be split evenly over {shards} "
                                          "devices: choose a tensor parallelism that divides it")
-        return dataclasses.replace(self, shards=shards, **{name: getattr(self, name) // shards for name in split})
+        return dataclasses.replace(self, shards=shards, num_heads=self.num_heads // shards,
+                                   num_kv_heads=self.num_kv_heads // shards,
+                                   intermediate_size=self.intermediate_size // shards)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +148,7 @@ class TargetConfig(TransformerConfig):
     """
 
     kind: ClassVar[str] = "target"
+    shared: ClassVar[tuple[str, ...]] = (*TransformerConfig.shared, "num_experts")
 
     num_experts: int = 0
     num_experts_per_tok: int = 0

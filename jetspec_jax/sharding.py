@@ -1,10 +1,10 @@
 """How models and decoding are spread over several devices: one table, and what places arrays and programs by it.
 
 A mesh has two axes. Groups along "data" decode other sequences each; the devices along "tensor" share every layer:
-each holds some heads, some columns of the MLP and some tokens of the vocabulary, and runs the same program on its
-share. They sum what attention and MLP add to the residual stream (two all-reduces a layer) and the embeddings, and
-compare their best tokens; no weights, caches or whole logits ever travel. Everything else is computed alike on all of
-them, so all decide the same.
+each holds some heads, some columns of the MLP or some experts, and some tokens of the vocabulary, and runs the same
+program on its share. They sum what attention and MLP add to the residual stream (two all-reduces a layer) and the
+embeddings, and compare their best tokens; no weights, caches or whole logits ever travel. Everything else is computed
+alike on all of them, so all decide the same.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from jetspec_jax.errors import JetSpecError
 
 # The table: logical axis -> mesh axis, and the logical axes of every array by the end of its name. The first pattern
 # that fits counts. Axes that are not named, and those beyond the named ones, are whole on every device.
-MESH_AXES = {"sequence": DATA, "vocabulary": TENSOR, "heads": TENSOR, "mlp": TENSOR, "taps": TENSOR}
+MESH_AXES = {"sequence": DATA, "vocabulary": TENSOR, "heads": TENSOR, "mlp": TENSOR, "experts": TENSOR,
+             "taps": TENSOR}
 ARRAYS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     # Parameters of target and head, [in, out].
     (r"params/embedding", ("vocabulary",)),
@@ -38,6 +39,7 @@ ARRAYS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"o_proj/kernel", ("heads",)),
     (r"gate_up_proj/kernel", (None, "mlp")),
     (r"down_proj/kernel", ("mlp",)),
+    (r"gate_up_proj|down_proj", ("experts",)),
     (r"fc/kernel", ("taps",)),
     (r"params/.*", ()),
     # Decoding: fields of its states, and arguments of its functions.

@@ -30,7 +30,7 @@ from jetspec_jax.sampling import Sampler, argmax_everywhere, warp
 from jetspec_jax.sharding import connect, make_mesh, named_map, over_mesh, put
 from jetspec_jax.target import target_shapes
 from tests.models import DATA as RECORDED
-from tests.models import on_mesh, random_pair, random_params, tiny_head, tiny_target
+from tests.models import on_mesh, random_pair, random_params, tiny_head, tiny_moe, tiny_target
 
 # Sizes that tell apart what a wrong split would mix up, and that 2 and 4 divide.
 TARGET = tiny_target(vocab_size=24, num_heads=8, num_kv_heads=4, qkv_bias=True, out_bias=True)
@@ -42,6 +42,14 @@ WARPED = SamplingParams(1.0, top_k=9, top_p=0.9)
 @pytest.fixture(scope="module")
 def pair():
     return random_pair(0, TARGET, HEAD)
+
+
+@pytest.fixture(scope="module")
+def with_experts():
+    """A layer of experts and a dense one."""
+    target = dataclasses.replace(TARGET, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=12,
+                                 dense_layers=(1,))
+    return random_pair(4, target, HEAD)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +75,18 @@ def test_a_mesh_decodes_what_one_device_does(pair, prompts, groups, shards, tree
         assert together.token_ids == alone.token_ids
         assert together.accept_lengths == alone.accept_lengths
         assert together.tree_sizes == alone.tree_sizes
+
+
+@pytest.mark.parametrize(("groups", "shards", "tree", "sampling", "count"), [
+    (1, 4, TREE, SamplingParams(), 5), (2, 2, None, WARPED, 5), (1, 2, TREE, WARPED, 1)])
+def test_experts_are_spread_whole(with_experts, prompts, groups, shards, tree, sampling, count):
+    spread = on_mesh(with_experts, make_mesh(shards, groups))
+    held = spread.params.target["params"]["layers_0"]["mlp"]["gate_up_proj"].addressable_shards[-1]
+    np.testing.assert_array_equal(held.data, np.asarray(
+        with_experts.params.target["params"]["layers_0"]["mlp"]["gate_up_proj"])[-(8 // shards):])
+    one, many = (generate(p, prompts[:count], max_new_tokens=24, tree=tree, sampling=sampling, seed=3)
+                 for p in (with_experts, spread))
+    assert [(a.token_ids, a.accept_lengths) for a in many] == [(a.token_ids, a.accept_lengths) for a in one]
 
 
 def test_an_autoregressive_head_and_tied_embeddings(prompts):
@@ -229,6 +249,8 @@ def test_bad_meshes_are_refused(pair, saved):
         checkpoint.load(saved / "head", mesh=make_mesh(8))
     with pytest.raises(JetSpecError, match="vocab_size 24 cannot be split evenly over 5"):
         tiny_target(vocab_size=24, num_heads=5, num_kv_heads=5, intermediate_size=20).share(5)
+    with pytest.raises(JetSpecError, match="num_experts 5 cannot be split evenly over 2"):
+        tiny_moe(vocab_size=24).share(2)
     with pytest.raises(JetSpecError, match=r"has the axes \('data',\), expected"):
         load_pretrained(saved / "target", mesh=Mesh(np.asarray(jax.devices()), (DATA,)))
     spread = on_mesh(pair, make_mesh(1, 4))
