@@ -9,6 +9,7 @@ from typing import Protocol
 import jax
 import ml_dtypes
 import numpy as np
+from jax import Array
 
 from converters.names import Part, Slot
 from jetspec_jax.errors import JetSpecError
@@ -42,8 +43,12 @@ def check_names(source: TensorSource, slots: list[Slot], ignorable: Callable[[st
                                f"expected {list(shape)} from the config")
 
 
-def assemble(source: TensorSource, slots: list[Slot], dtype: str, progress: Progress = lambda n: None) -> dict:
-    """Builds `{"params": ...}` on the default device, one parameter at a time, so that memory holds the result once.
+def assemble(source: TensorSource, slots: list[Slot], dtype: str, progress: Progress = lambda n: None,
+             put: Callable[[str, np.ndarray], Array] = lambda name, value: jax.device_put(value)) -> dict:
+    """Builds `{"params": ...}`, one parameter at a time, so that memory holds the result once.
+
+    Args:
+        put: (path of the parameter, its value) -> where it shall live; the default device if not told otherwise.
 
     Raises:
         JetSpecError: a value that is not finite, in the file or after the cast to `dtype`.
@@ -54,7 +59,7 @@ def assemble(source: TensorSource, slots: list[Slot], dtype: str, progress: Prog
         node = params
         for key in slot.path[:-1]:
             node = node.setdefault(key, {})
-        node[slot.path[-1]] = jax.device_put(value)
+        node[slot.path[-1]] = put("/".join(("params", *slot.path)), value)
         progress(value.nbytes)
     return {"params": params}
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from converters.assemble import TensorSource, assemble, check_names, take_apart
@@ -20,36 +21,40 @@ from converters.safetensors_folder import SINGLE, SafetensorsFolder, write_safet
 from jetspec_jax import checkpoint
 from jetspec_jax.config import HeadConfig, TargetConfig
 from jetspec_jax.errors import JetSpecError
+from jetspec_jax.sharding import place, shards_of
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
                    "added_tokens.json", "chat_template.jinja", "chat_template.json", "tokenizer.model")
 HUB_FILES = ("*.json", "*.safetensors", "merges.txt", "chat_template.jinja", "tokenizer.model")
 
 
-def read_target(source: Path, dtype: str | None = None, progress: bool = True) -> tuple[TargetConfig, dict]:
+def read_target(source: Path, dtype: str | None = None, progress: bool = True,
+                mesh: Mesh | None = None) -> tuple[TargetConfig, dict]:
     """Reads a target from a Hugging Face folder or a GGUF file.
 
     Args:
         dtype: of the result; None keeps the source's (float32 for GGUF).
         progress: show a progress bar.
+        mesh: spread the parameters over it; the host then still holds one whole parameter at a time.
 
     Returns:
-        (config, `{"params": ...}` on the default device).
+        (config, `{"params": ...}` on the default device or on the mesh).
     """
     if source.is_file():
         gguf = GGUFFile(source)
-        return _read(gguf, gguf.config, target_slots(gguf.config), dtype, progress)
+        return _read(gguf, gguf.config, target_slots(gguf.config), dtype, progress, mesh)
     config, tensors = read_target_config(source), SafetensorsFolder(source)
     if config.tie_embeddings and "lm_head.weight" in tensors.shapes:
         _check_tied(tensors)
     fused_experts = any(name.endswith(".mlp.experts.gate_up_proj") for name in tensors.shapes)
-    return _read(tensors, config, target_slots(config, fused_experts), dtype, progress)
+    return _read(tensors, config, target_slots(config, fused_experts), dtype, progress, mesh)
 
 
-def read_head(source: Path, dtype: str | None = None, progress: bool = True) -> tuple[HeadConfig, dict]:
+def read_head(source: Path, dtype: str | None = None, progress: bool = True,
+              mesh: Mesh | None = None) -> tuple[HeadConfig, dict]:
     """Reads a released JetSpec or DFlash head; see `read_target`."""
     config, tensors = read_head_config(source), SafetensorsFolder(source)
-    return _read(tensors, config, head_slots(config), dtype, progress)
+    return _read(tensors, config, head_slots(config), dtype, progress, mesh)
 
 
 def read_config(source: Path, kind: str) -> TargetConfig | HeadConfig:
@@ -127,14 +132,17 @@ def resolve_source(source: str) -> Path:
                            f"({type(error).__name__}: {reason[:200]})") from error
 
 
-def _read(source: TensorSource, config: Any, slots: list[Slot], dtype: str | None, progress: bool) -> tuple[Any, dict]:
+def _read(source: TensorSource, config: Any, slots: list[Slot], dtype: str | None, progress: bool,
+          mesh: Mesh | None) -> tuple[Any, dict]:
     config = config.with_dtype(dtype or config.dtype)
+    config.share(shards_of(mesh)[1])
     if config.dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise JetSpecError(f"{source.label} is float64, which needs jax_enable_x64: choose another dtype, like float32")
     check_names(source, slots, lambda name: _is_buffer(name) or (name == "lm_head.weight" and _tied(config)))
     total = sum(int(np.prod(part.shape)) for slot in slots for part in slot.parts) * config.jnp_dtype.itemsize
     with tqdm(total=total, unit="B", unit_scale=True, desc=Path(source.label).name, disable=not progress) as bar:
-        return config, assemble(source, slots, config.dtype, bar.update)
+        return config, assemble(source, slots, config.dtype, bar.update,
+                                lambda name, value: place(name, value, config, mesh))
 
 
 def _tied(config: Any) -> bool:

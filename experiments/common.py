@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import get_args
 
 import jax
+from jax.sharding import Mesh
 
 from jetspec_jax import PRESETS, JetSpecError, Pair, SamplingParams, TreeConfig, load_pretrained
 from jetspec_jax.config import FLOAT_DTYPES, MAX_TREE_BUDGET, MAX_TREE_WIDTH, Builder
 from jetspec_jax.pretrained import cache_folder
+from jetspec_jax.sharding import connect, make_mesh
 
 
 def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +40,33 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, help="keep the most likely tokens up to this probability")
 
 
+def add_mesh_arguments(parser: argparse.ArgumentParser) -> None:
+    """How many devices decode together, of how many processes."""
+    mesh = parser.add_argument_group("several devices (see jetspec_jax.sharding)")
+    mesh.add_argument("--tensor-parallel", type=int, metavar="N", help="devices that share every layer (default: one)")
+    mesh.add_argument("--coordinator", metavar="HOST:PORT|auto",
+                      help="of the first of several processes, each started with the same command; auto asks the "
+                           "cluster's environment (Slurm, Open MPI, Kubernetes)")
+    mesh.add_argument("--processes", type=int, metavar="N", help="how many (with --coordinator HOST:PORT)")
+    mesh.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0; the first one prints")
+
+
+def mesh_from(args: argparse.Namespace) -> Mesh | None:
+    """The mesh that the options name, once all processes have met; None for one device.
+
+    Raises:
+        JetSpecError: options that do not fit each other or the devices.
+    """
+    if args.coordinator is not None:
+        connect(None if args.coordinator == "auto" else args.coordinator, args.processes, args.process_id)
+        if jax.process_index() > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
+        return make_mesh(args.tensor_parallel or jax.device_count())
+    if args.processes is not None or args.process_id is not None:
+        raise JetSpecError("--processes and --process-id need --coordinator HOST:PORT")
+    return None if args.tensor_parallel is None else make_mesh(args.tensor_parallel)
+
+
 def tree_from(args: argparse.Namespace) -> TreeConfig:
     return TreeConfig(args.tree_builder, args.tree_width, args.budget)
 
@@ -52,10 +81,10 @@ def add_compile_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def load(args: argparse.Namespace) -> Pair:
+def load(args: argparse.Namespace, mesh: Mesh | None = None) -> Pair:
     """Loads the pair that the options name, with compiled programs kept between runs."""
     add_compile_cache()
-    return load_pretrained(args.model, args.head, dtype=args.dtype)
+    return load_pretrained(args.model, args.head, dtype=args.dtype, mesh=mesh)
 
 
 def write_text(file: Path, text: str) -> None:

@@ -3,6 +3,7 @@
     python experiments/decode.py --prompt "Name three rivers."
     python experiments/decode.py --model qwen3-8b --compare-ar
     python experiments/decode.py --model converted/target --head converted/head --prompt-file prompts.txt --json
+    python experiments/decode.py --model qwen3-32b --tensor-parallel 4
 
 With --json the last line is one JSON object. For one prompt, `text`, `token_ids` and `accept_lengths` are its own; for
 several they are lists with one entry per prompt, while `rounds`, `tokens_per_second` and `identical` cover all.
@@ -17,7 +18,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from experiments.common import add_model_arguments, load, run_main, sampling_from, tree_from
+from experiments.common import (
+    add_mesh_arguments,
+    add_model_arguments,
+    load,
+    mesh_from,
+    run_main,
+    sampling_from,
+    tree_from,
+)
 from jetspec_jax import JetSpecError, Pair, SamplingParams, TreeConfig
 from jetspec_jax.generate import Generation, stream
 
@@ -36,7 +45,7 @@ def main() -> None:
         raise JetSpecError(f"--seed must be from 0 to 2**32 - 1, not {args.seed}")
     if args.system is not None and args.no_chat_template:
         raise JetSpecError("--system is part of the chat template: it cannot go with --no-chat-template")
-    pair = load(args)
+    pair = load(args, mesh_from(args))
     prompts = [as_prompt(pair, message, args) for message in messages]
     answers = [answer(pair, message, prompt, i, args, tree, sampling) for i, (message, prompt) in
                enumerate(zip(messages, prompts, strict=True))]
@@ -154,6 +163,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
+    add_mesh_arguments(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", metavar="TEXT", help="default: a few prompts of our own")
     what.add_argument("--prompt-file", metavar="F", type=Path, help='one prompt a line, or .jsonl with {"prompt": ...}')

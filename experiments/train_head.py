@@ -28,6 +28,7 @@ from jetspec_jax import JetSpecError, TreeConfig, load_pretrained
 from jetspec_jax.autoregressive import init_autoregressive
 from jetspec_jax.checkpoint import load as load_checkpoint
 from jetspec_jax.checkpoint import save, written_beside
+from jetspec_jax.collectives import DATA
 from jetspec_jax.config import (
     PRESETS,
     AutoregressiveHeadConfig,
@@ -62,7 +63,7 @@ def main() -> None:
     target, target_params = pair.target_config, pair.params.target
     head, start = starting_point(args, target, target_params, config.seed)
     layers = dataset.info.layers or tuple(dict.fromkeys((*head.target_layer_ids, target.num_layers - 1)))
-    mesh = Mesh(np.asarray(jax.devices()), ("data",)) if args.data_parallel or args.fully_sharded else None
+    mesh = Mesh(np.asarray(jax.devices()), (DATA,)) if args.data_parallel or args.fully_sharded else None
     trainer = Trainer(target, head, target_params, config, layers, mesh, args.fully_sharded)
     batches = Batches(dataset, config, args.held_out)
     args.out.mkdir(parents=True, exist_ok=True)

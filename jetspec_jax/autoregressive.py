@@ -17,9 +17,9 @@ from jax import Array, lax
 
 from jetspec_jax.attention import Attend, attend, attend_with, pack_bits
 from jetspec_jax.cache import KVCache
+from jetspec_jax.collectives import own_part
 from jetspec_jax.config import AutoregressiveHeadConfig, KernelBackend, TargetConfig, TreeConfig
-from jetspec_jax.draft import Params, Prompt
-from jetspec_jax.kernels import top_w
+from jetspec_jax.draft import Params, Prompt, top_logp
 from jetspec_jax.layers import AttentionContext, DecoderLayer, RMSNorm, dense, rotary_tables
 from jetspec_jax.target import target_embed, target_logits
 from jetspec_jax.tree import DraftTree, assemble_tree
@@ -47,7 +47,7 @@ class AutoregressiveHead(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.fc = dense(c, c.hidden_size)
+        self.fc = dense(c, c.hidden_size, split_input=True)
         self.token_norm = RMSNorm(c)
         self.feature_norm = RMSNorm(c)
         self.join = dense(c, c.hidden_size)
@@ -56,7 +56,7 @@ class AutoregressiveHead(nn.Module):
 
     def fuse(self, tapped: Array) -> Array:
         """Tapped states [B, N, T*D] -> features [B, N, D]."""
-        return self.fc(tapped)
+        return self.fc(own_part(tapped, self.config.shards))
 
     def __call__(self, tokens: Array, feature: Array, positions: Array, attend: Attend) -> AutoregressiveOutput:
         """Runs rows.
@@ -199,8 +199,7 @@ class AutoregressiveDrafter:
         """The W most likely next tokens of each row and their log-probabilities."""
         with jax.named_scope("lm_head"):
             logits = target_logits(self.target, params.target, hidden.astype(self.target.jnp_dtype))
-        tokens, logp = top_w(self.head.kernels, width=self._width)(logits)
-        return tokens, logp
+        return top_logp(logits, self._width, self.head.kernels, self.target.shards)
 
     def propose(self, params: Params, state: AutoregressiveState, tokens: Array,
                 position: Array) -> tuple[DraftTree, AutoregressiveState]:

@@ -23,15 +23,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from jetspec_jax.autoregressive import autoregressive_shapes
 from jetspec_jax.config import AutoregressiveHeadConfig, DrafterConfig, HeadConfig, TargetConfig
 from jetspec_jax.errors import JetSpecError
 from jetspec_jax.head import head_shapes
+from jetspec_jax.sharding import arrange, named_map, shards_of, stored_spec
 from jetspec_jax.target import target_shapes
 
 FORMAT, VERSION = "jetspec-jax", 1
 DESCRIPTION, ARRAYS, TOKENIZER = "jetspec.json", "arrays", "tokenizer"
+PIECE_BYTES = 2**26  # of one file: who reads a share of an array reads the pieces that hold it
 _KINDS: dict[str, tuple[Any, Any]] = {
     "target": (TargetConfig, target_shapes), "head": (HeadConfig, head_shapes),
     "autoregressive_head": (AutoregressiveHeadConfig, autoregressive_shapes)}
@@ -71,15 +74,19 @@ def save(folder: Path, config: TargetConfig | DrafterConfig, params: dict, sourc
         source: where the parameters came from, for people to read.
 
     Raises:
-        JetSpecError: the disk is too small or refuses the data.
+        JetSpecError: the disk is too small or refuses the data; or one of several processes.
     """
+    if jax.process_count() > 1:
+        raise JetSpecError(f"several processes cannot write {folder.parent} together: convert or train in one process "
+                           "first")
     _reserve(folder, sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
     kind = _kind_of(config)
-    # Weights do not compress, and uncompressed single-array files need no second copy in memory.
+    # Weights do not compress, and uncompressed pieces need no second copy in memory.
     handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, use_compression=False, use_ocdbt=False)
     try:
         with quiet(), ocp.Checkpointer(handler) as writer:
-            writer.save((folder / ARRAYS).absolute(), args=ocp.args.PyTreeSave(params))
+            pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=PIECE_BYTES), params)
+            writer.save((folder / ARRAYS).absolute(), args=ocp.args.PyTreeSave(params, save_args=pieces))
     except Exception as error:  # tensorstore reports a full disk as ValueError or OSError, by version
         raise JetSpecError(f"writing into {folder.parent} failed: {_first_line(error)}; nothing was left "
                            "behind") from error
@@ -125,25 +132,33 @@ def load_config(folder: Path) -> TargetConfig | DrafterConfig:
         raise JetSpecError(f"the description of {folder} is damaged: {_first_line(error)}") from error
 
 
-def load(folder: Path, dtype: str | None = None) -> tuple[TargetConfig | DrafterConfig, dict]:
-    """Loads a checkpoint onto the default device.
+def load(folder: Path, dtype: str | None = None,
+         mesh: Mesh | None = None) -> tuple[TargetConfig | DrafterConfig, dict]:
+    """Loads a checkpoint onto the default device, or straight into the shares of a mesh's devices.
 
     Args:
         folder: what `save` wrote.
         dtype: cast to this dtype while reading; None keeps the stored one.
+        mesh: from `jetspec_jax.sharding.make_mesh`, or None.
 
     Returns:
         (config with the dtype of the arrays, `{"params": ...}`).
 
     Raises:
-        JetSpecError: see `load_config`; or arrays that are missing, truncated or of another shape.
+        JetSpecError: see `load_config`; or arrays that are missing, truncated or of another shape; or a model that
+            the mesh cannot share.
     """
     config = load_config(folder)
     config = config.with_dtype(dtype or config.dtype)
+    config.share(shards_of(mesh)[1])
     shapes = _KINDS[_kind_of(config)][1](config)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    restore = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=device,
-                                                             global_shape=leaf.shape, strict=True), shapes)
+
+    def read(name: str, leaf: jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:
+        place = (NamedSharding(mesh, stored_spec(name, len(leaf.shape))) if mesh is not None
+                 else SingleDeviceSharding(jax.local_devices()[0]))
+        return ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=place, global_shape=leaf.shape, strict=True)
+
+    restore = named_map(read, shapes)
     try:
         with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1)) as reader:
             stored = jax.tree.map(lambda leaf: tuple(leaf.shape), _stored_tree(reader, folder))
@@ -152,6 +167,8 @@ def load(folder: Path, dtype: str | None = None) -> tuple[TargetConfig | Drafter
             _check_sizes(folder)
             params = reader.restore((folder / ARRAYS).absolute(),
                                     args=ocp.args.PyTreeRestore(item=shapes, restore_args=restore))
+        if mesh is not None:
+            params = named_map(lambda name, leaf: arrange(name, leaf, config, mesh), params)
         jax.block_until_ready(params)
     except Exception as error:  # missing files, wrong shapes and damaged data each raise another type
         raise JetSpecError(f"the arrays of {folder} are damaged or do not match its description: "

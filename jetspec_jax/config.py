@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import jax.numpy as jnp
 
@@ -64,10 +64,15 @@ class TransformerConfig:
         dtype: dtype of the parameters and of the computation, a name of `FLOAT_DTYPES`.
         product_dtype: the operands of the projections' products are rounded to this dtype, and their sums stay wide
             (mixed precision, forward and backward; faster on CPUs with bfloat16 units). None: dtype.
+        shards: devices that share each layer. The heads and the MLP width above are then what one of them holds (see
+            `share`); vocabulary and experts are counted whole.
         kernels: "auto" (the Pallas kernels on NVIDIA GPUs, plain JAX elsewhere), or one of them by name; "triton" is
             the attention in plain Triton (extra `gpu`) and the other kernels in Pallas; "pallas_interpret" and
             "triton_interpret" run the kernels slowly on the CPU, to test them.
     """
+
+    kind: ClassVar[str] = "model"  # in messages
+    shared: ClassVar[tuple[str, ...]] = ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size", "hidden_size")
 
     vocab_size: int
     hidden_size: int
@@ -83,12 +88,13 @@ class TransformerConfig:
     out_bias: bool = False
     dtype: str = "bfloat16"
     product_dtype: str | None = None
+    shards: int = 1
     kernels: KernelBackend = "auto"
 
     def __post_init__(self) -> None:
         _make_plain(self)
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
-                     "head_dim"):
+                     "head_dim", "shards"):
             value = getattr(self, name)
             _require(is_integer(value) and value > 0, f"{name} must be a positive integer, not {value!r}")
         _require(self.num_heads % self.num_kv_heads == 0,
@@ -111,6 +117,20 @@ class TransformerConfig:
     def with_dtype(self, dtype: str):
         return dataclasses.replace(self, dtype=dtype)
 
+    def share(self, shards: int):
+        """What one of `shards` devices holds of this model.
+
+        Raises:
+            JetSpecError: a size that cannot be split evenly.
+        """
+        for name in self.shared:
+            size = getattr(self, name)
+            _require(size % shards == 0, f"the {self.kind}'s {name} {size} cannot be split evenly over {shards} "
+                                         "devices: choose a tensor parallelism that divides it")
+        return dataclasses.replace(self, shards=shards, num_heads=self.num_heads // shards,
+                                   num_kv_heads=self.num_kv_heads // shards,
+                                   intermediate_size=self.intermediate_size // shards)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TargetConfig(TransformerConfig):
@@ -126,6 +146,9 @@ class TargetConfig(TransformerConfig):
         tie_embeddings: the LM head is the embedding table.
         eos_token_ids: any of these ends an answer.
     """
+
+    kind: ClassVar[str] = "target"
+    shared: ClassVar[tuple[str, ...]] = (*TransformerConfig.shared, "num_experts")
 
     num_experts: int = 0
     num_experts_per_tok: int = 0
@@ -165,6 +188,8 @@ class DrafterConfig(TransformerConfig):
         target_layer_ids: the T layers of the target whose outputs are tapped.
         num_target_layers: L of the target that the head was made for.
     """
+
+    kind: ClassVar[str] = "head"
 
     block_size: int
     target_layer_ids: tuple[int, ...]

@@ -16,6 +16,7 @@ from jax import Array, lax
 
 from jetspec_jax.attention import causal_bits
 from jetspec_jax.cache import KVCache
+from jetspec_jax.collectives import count_everywhere
 from jetspec_jax.config import TargetConfig
 from jetspec_jax.draft import Drafter, Params, Prompt
 from jetspec_jax.sampling import Sampler, choose
@@ -26,10 +27,17 @@ from jetspec_jax.verify import AcceptedPath, accept
 
 @dataclass(frozen=True)
 class Decoder:
-    """What is static of a decoding run: the target's shape and the drafter."""
+    """What is static of a decoding run.
+
+    Attributes:
+        target: its shape, or a device's share of it.
+        drafter: how trees are drafted.
+        data_shards: groups of devices that decode other sequences each.
+    """
 
     target: TargetConfig
     drafter: Drafter
+    data_shards: int = 1
 
 
 @struct.dataclass
@@ -216,12 +224,16 @@ def run_rounds(decoder: Decoder, params: Params, state: DecodeState, max_rounds:
     unfinished: 1 to finish all, the present number to stop when a row can be refilled.
     """
 
-    def unfinished(carry: tuple[Array, DecodeState]) -> Array:
-        i, state = carry
-        return (i < max_rounds) & (jnp.sum(~state.done, dtype=jnp.int32) >= min_active)
+    def count_active(state: DecodeState) -> Array:
+        return count_everywhere(~state.done, decoder.data_shards)
 
-    def step(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
-        i, state = carry
-        return i + 1, decode_round(decoder, params, state)
+    def unfinished(carry: tuple[Array, Array, DecodeState]) -> Array:
+        i, active, _ = carry
+        return (i < max_rounds) & (active >= min_active)
 
-    return lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
+    def step(carry: tuple[Array, Array, DecodeState]) -> tuple[Array, Array, DecodeState]:
+        i, _, state = carry
+        state = decode_round(decoder, params, state)
+        return i + 1, count_active(state), state
+
+    return lax.while_loop(unfinished, step, (jnp.int32(0), count_active(state), state))[2]

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import Array
+from jax import Array, lax
 
 from jetspec_jax.cache import KVCache
-from jetspec_jax.config import HeadConfig, TargetConfig, TreeConfig
+from jetspec_jax.collectives import own_start, side_by_side
+from jetspec_jax.config import HeadConfig, KernelBackend, TargetConfig, TreeConfig
 from jetspec_jax.head import head_context, head_forward
 from jetspec_jax.kernels import top_w
 from jetspec_jax.target import target_embed, target_logits
@@ -73,6 +74,31 @@ class Drafter(Protocol):
 def anchor_of(tokens: Array, position: Array) -> Array:
     """The token of each sequence [B, S] at its position int32 [B]."""
     return jnp.take_along_axis(tokens, position[:, None], axis=1)[:, 0]
+
+
+def top_logp(logits: Array, width: int, backend: KernelBackend, shards: int = 1, skip: int = 0) -> tuple[Array, Array]:
+    """The W most likely tokens, most likely first, and their log-probabilities.
+
+    Args:
+        logits: [B, N, V], or this device's part of the vocabulary.
+        width: W.
+        backend: which implementation of `top_w`.
+        shards: devices that hold a part of the vocabulary each; the result is the same on all of them.
+        skip: rows at the start that are not wanted.
+
+    Returns:
+        (int32, float), [B, N - skip, W] each.
+    """
+    tokens, logp = top_w(backend, width=min(width, logits.shape[-1]), skip=skip)(logits)
+    if shards == 1:
+        return tokens, logp
+    top = jnp.take_along_axis(logits[:, skip:], tokens, axis=-1)
+    total = top[..., :1] - logp[..., :1]  # log-sum-exp of this part
+    # Equal values stay in the order of their indices: parts lie in order, and top_k takes the first of equals.
+    tokens = side_by_side(tokens + own_start(logits.shape[-1], shards), shards)
+    top, chosen = lax.top_k(side_by_side(top, shards), width)
+    total = jax.nn.logsumexp(side_by_side(total, shards), axis=-1, keepdims=True)
+    return jnp.take_along_axis(tokens, chosen, axis=-1), top - total
 
 
 @dataclass(frozen=True)
@@ -186,7 +212,7 @@ class HeadDrafter:
     def grow(self, anchor: Array, logits: Array) -> DraftTree:
         """Top-W log-probabilities of each depth from logits [B, G, V], row 0 unused, then the builder."""
         width = 1 if self._tree.builder == "chain" else self._tree.width
-        tokens, logp = top_w(self.head.kernels, width=width, skip=1)(logits)
+        tokens, logp = top_logp(logits, width, self.head.kernels, self.target.shards, skip=1)
         return build_tree(self._tree, anchor, tokens, logp, self.head.kernels)
 
     def observe(self, state: HeadState, tapped: Array, path: Array, count: Array) -> HeadState:

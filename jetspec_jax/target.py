@@ -12,6 +12,7 @@ from jax import Array
 
 from jetspec_jax.attention import attend_with
 from jetspec_jax.cache import KVCache
+from jetspec_jax.collectives import all_sum, own_start
 from jetspec_jax.config import TargetConfig
 from jetspec_jax.layers import MLP, PRECISION, AttentionContext, DecoderLayer, RMSNorm, rotary_tables, rounded_product
 from jetspec_jax.moe import MoE
@@ -39,12 +40,12 @@ class Target(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        init = nn.initializers.normal(0.02)
-        self.embedding = self.param("embedding", init, (c.vocab_size, c.hidden_size), c.jnp_dtype)
+        init, vocabulary = nn.initializers.normal(0.02), c.vocab_size // c.shards
+        self.embedding = self.param("embedding", init, (vocabulary, c.hidden_size), c.jnp_dtype)
         self.layers = [DecoderLayer(c, MoE if c.has_experts(i) else MLP) for i in range(c.num_layers)]
         self.norm = RMSNorm(c)
         if not c.tie_embeddings:
-            self.lm_head = self.param("lm_head", init, (c.hidden_size, c.vocab_size), c.jnp_dtype)
+            self.lm_head = self.param("lm_head", init, (c.hidden_size, vocabulary), c.jnp_dtype)
 
     def __call__(self, tokens: Array, positions: Array, visible: Array, cache: KVCache, cached: Array,
                  taps: tuple[int, ...] = ()) -> TargetOutput:
@@ -74,10 +75,17 @@ class Target(nn.Module):
 
     def embed(self, tokens: Array) -> Array:
         """int32 [B, N] -> [B, N, D]."""
-        return self.embedding[tokens]
+        rows, shards = self.embedding.shape[0], self.config.shards
+        if shards == 1:
+            return self.embedding[tokens]
+        own = tokens - own_start(rows, shards)
+        held = (own >= 0) & (own < rows)
+        return all_sum(jnp.where(held[..., None], self.embedding[jnp.where(held, own, 0)], 0), shards)
 
     def logits(self, hidden: Array, subset: Array | None = None) -> Array:
         """[..., D] after the final norm -> float32 (float64 for float64) [..., V]; the draft head uses it too.
+
+        Where devices share the vocabulary, each scores its own part of it, [..., V/shards].
 
         Args:
             subset: int32 [X], the only tokens to score; the result is then [..., X].

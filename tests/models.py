@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jetspec_jax.config import HeadConfig, SamplingParams, TargetConfig, TreeConfig
 from jetspec_jax.decode import Decoder
@@ -18,6 +19,7 @@ from jetspec_jax.head import head_shapes
 from jetspec_jax.pair import Pair
 from jetspec_jax.programs import Programs
 from jetspec_jax.sampling import Sampler
+from jetspec_jax.sharding import named_map, place
 from jetspec_jax.target import target_shapes
 
 BUILDERS = ("accum_logp", "best_first", "chain")
@@ -61,6 +63,15 @@ def random_pair(seed: int, target: TargetConfig | None = None, head: HeadConfig 
     rng = np.random.default_rng(seed)
     params = Params(random_params(target_shapes(target), rng), random_params(head_shapes(head), rng))
     return Pair(target, head, params, programs=PROGRAMS)
+
+
+def on_mesh(pair: Pair, mesh: Mesh) -> Pair:
+    """The same pair, its parameters spread over a mesh."""
+    def spread(config: Any, params: dict) -> dict:
+        return named_map(lambda name, leaf: place(name, leaf, config, mesh), params)
+
+    params = Params(spread(pair.target_config, pair.params.target), spread(pair.head_config, pair.params.head))
+    return replace(pair, params=params, mesh=mesh)
 
 
 @dataclass(frozen=True)

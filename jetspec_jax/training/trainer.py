@@ -16,6 +16,7 @@ from flax import struct
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jetspec_jax.collectives import DATA
 from jetspec_jax.config import DrafterConfig, HeadConfig, TargetConfig
 from jetspec_jax.errors import JetSpecError
 from jetspec_jax.training.batches import Batch, Batches
@@ -94,7 +95,7 @@ class Trainer:
             axes: list[str | None] = [None] * leaf.ndim
             fitting = [i for i, size in enumerate(leaf.shape) if size % count == 0]
             if self.shard_params and fitting:
-                axes[fitting[0]] = "data"
+                axes[fitting[0]] = DATA
             return NamedSharding(mesh, PartitionSpec(*axes))
 
         return jax.tree.map(place, state)
@@ -104,7 +105,7 @@ class Trainer:
         stacked: Any = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
         if self.mesh is None:
             return jax.device_put(stacked)
-        spread = NamedSharding(self.mesh, PartitionSpec(None, "data"))
+        spread = NamedSharding(self.mesh, PartitionSpec(None, DATA))
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         shardings: Any = jax.tree.map(lambda _: spread, stacked)
         return jax.device_put(stacked, shardings.replace(subset=everywhere))
