@@ -219,6 +219,8 @@ def test_a_target_without_a_head_gets_the_released_shape():
     assert setup.slots == 1536
     with pytest.raises(JetSpecError, match="--context"):
         setup_for("qwen3-8b", TreeConfig(), 1, 40960)
+    with pytest.raises(JetSpecError, match="experts"):
+        setup_for("qwen3-30b-a3b", TreeConfig(), 1, 64)
     with pytest.raises(JetSpecError, match="not one of"):
         setup_for("qwen3-9b", TreeConfig(), 1, 64)
 

@@ -56,8 +56,11 @@ def kernels_of(launches: list[Launch], ptx: dict[str, str]) -> list[Kernel]:
     """The Pallas kernels among `launches`, each once, in the order of their first launch."""
     ours: dict[str, list[Launch]] = {}
     for launch in launches:
-        if "/pallas_call" in launch.scope and launch.kernel in ptx:
+        if launch.kernel and launch.scope.endswith("/pallas_call"):
             ours.setdefault(launch.kernel, []).append(launch)
+    missing = [name for name in ours if name not in ptx]
+    if missing:
+        raise JetSpecError(f"XLA wrote no code down for {', '.join(missing)}: use jax 0.10.2 or 0.11")
     return [assemble(name, ptx[name], same) for name, same in ours.items()]
 
 
