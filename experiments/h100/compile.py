@@ -28,7 +28,8 @@ DESCRIPTION = Path(__file__).with_name("h100_sxm.txtpb")
 PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 # Without a device nothing is autotuned, so XLA's own products are left to cuBLASLt, as a tuned program mostly does.
 # The last option is what makes jax 0.11 write down the kernels' code.
-OPTIONS = GPU_OPTIONS | {"xla_gpu_enable_triton_gemm": False, "xla_dump_hlo_as_text": True, "xla_dump_emitter_re": "ptx"}
+OPTIONS = GPU_OPTIONS | {"xla_gpu_enable_triton_gemm": False, "xla_dump_hlo_as_text": True,
+                         "xla_dump_emitter_re": "ptx"}
 
 
 @dataclass(frozen=True)
