@@ -104,7 +104,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                        label=f"context {context}")
             panel.plot(budgets, [r["floor_seconds"] * 1e3 for r in line], color=color, linestyle="--")
             panel.plot(budgets, [r["plain_seconds"] * 1e3 for r in line], color=color, linestyle=":")
-        panel.set(title=name, xscale="log", xticks=BUDGETS, xticklabels=BUDGETS, xlabel="budget, nodes", ylim=0)
+        panel.set(title=name, xscale="log", xticks=BUDGETS, xticklabels=BUDGETS, xlabel="budget, nodes",
+                  ylim=(0, 1.5 * panel.get_ylim()[1]))  # room for the legend
         panel.minorticks_off()
     panels[0].set_ylabel("ms a round")
     panels[0].legend(fontsize=7, title="line: estimate, dashed: floor,\ndotted: plain decoding", title_fontsize=7)
