@@ -189,7 +189,8 @@ def arrange(name: str, value: Array, config: TransformerConfig, mesh: Mesh) -> A
     if not _is_fused(name) or mesh.shape[TENSOR] == 1:
         return value
     parts = ((config.num_heads, config.num_kv_heads, config.num_kv_heads) if "qkv_proj" in name else (1, 1))
-    return _deal(value, parts, mesh)
+    # One at a time: memory then holds one array twice, and not many exchanges wait for each other's devices.
+    return jax.block_until_ready(_deal(value, parts, mesh))
 
 
 def place(name: str, value: Any, config: TransformerConfig, mesh: Mesh | None) -> Array:
