@@ -217,8 +217,9 @@ condition:
     000: kCommandBuffer [source | next=004 (1)]
         003: kCopy [source | sink] kCopy
     004: kAllReduce [prev=000 (1) | next=000 (1)] kAllReduce
-    005: kAllGather [prev=000 (1) | next=000 (1)] kAllGather
-    006: kAllGatherDone [prev=000 (1) | next=000 (1)] kAllGatherDone
+    005: kAsyncStart [prev=000 (1) | next=000 (1)] stream=communication_stream[0], async_id=005
+        007: kAllGather [source | sink] kAllGather
+    006: kAsyncDone [prev=000 (1) | next=000 (1)] async_id=005
 """
 MESH_NAMES = {1: "loop", 2: "less", 3: "x", 4: "sum", 5: "join", 6: "joined"}
 

@@ -12,6 +12,7 @@ from experiments.h100.costs import Cost, collective_of, cost_of
 from experiments.h100.hlo import Instruction, Module, Shape
 
 CONTAINERS = ("kWhile", "kCommandBuffer", "kSequential", "kConditional")
+ASYNC = "kAsyncStart"  # of jax 0.11: what lies inside is the same launch once more
 NOT_PLACES = ("", "shard_map", "while", "body", "cond", "branch_0_fun", "pallas_call", "dot_general")
 HOST_OPCODES = ("infeed", "outfeed", "send", "recv", "send-done", "recv-done")
 
@@ -94,6 +95,8 @@ def read_thunks(text: str) -> list[Thunk]:
         indent = len(found.group(1))
         while around and around[-1][0] >= indent:
             around.pop()
+        if any(container.kind == ASYNC for _, container in around):
+            continue
         kernel = re.match(r"(\S+) grid: \[([\d, ]+)\] .*shared_memory: (\d+)", found.group(4))
         thunk = Thunk(
             id=int(found.group(2)), kind=found.group(3), kernel=kernel.group(1) if kernel else "",
@@ -102,7 +105,7 @@ def read_thunks(text: str) -> list[Thunk]:
             loops=tuple(t.id for _, t in around if t.kind == "kWhile"),
             in_graph=any(t.kind == "kCommandBuffer" for _, t in around))
         thunks.append(thunk)
-        if thunk.kind in CONTAINERS:
+        if thunk.kind in (*CONTAINERS, ASYNC):
             around.append((indent, thunk))
     return thunks
 
