@@ -2,7 +2,9 @@
 
     python experiments/h100_plan.py --model qwen3-8b --budget 256 --context 4096
     python experiments/h100_plan.py --model qwen3-8b --temperature 0.8 --json
+    python experiments/h100_plan.py --model qwen3-32b --tensor-parallel 4
     python experiments/h100_plan.py --sweep docs          # the table and the plot of docs/h100.md
+    python experiments/h100_plan.py --sweep-large docs    # its table of several GPUs and of experts
 
 Needs the extra `plan`: pip install -e '.[plan]'. Times are computed from bytes, operations and launches; docs/h100.md
 explains how. With --json the last line is one JSON object.
@@ -17,6 +19,7 @@ from typing import get_args
 
 from experiments.common import run_main
 from experiments.h100.compile import require_plugin
+from experiments.h100.large import sweep_large
 from experiments.h100.plan import ACCEPTED, plan, setup_for
 from experiments.h100.report import describe
 from experiments.h100.sweep import sweep
@@ -31,20 +34,28 @@ def main() -> None:
     parser.add_argument("--tree-builder", choices=get_args(Builder), default="accum_logp", help="default %(default)s")
     parser.add_argument("--context", type=int, default=4096, help="committed tokens (default %(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="sequences (default %(default)s)")
+    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N",
+                        help="GPUs that share every layer (default %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="above 0: the sampled round beside the greedy")
     parser.add_argument("--accepted", type=float, default=ACCEPTED, metavar="TOKENS",
                         help="tokens that a round adds (default %(default)s, arXiv 2606.18394)")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--sweep", type=Path, metavar="FOLDER", help="write the table and the plot of docs/h100.md")
+    parser.add_argument("--sweep-large", type=Path, metavar="FOLDER",
+                        help="write the table of models over several GPUs, and with experts, of docs/h100.md")
     args = parser.parse_args()
     require_plugin()
     if args.sweep:
         sweep(args.sweep)
         return
+    if args.sweep_large:
+        sweep_large(args.sweep_large)
+        return
     SamplingParams(args.temperature)  # refuses what makes no sense
     if args.accepted < 1:
         raise JetSpecError(f"--accepted must be at least 1, not {args.accepted}")
-    setup = setup_for(args.model, TreeConfig(args.tree_builder, budget=args.budget), args.batch, args.context)
+    setup = setup_for(args.model, TreeConfig(args.tree_builder, budget=args.budget), args.batch, args.context,
+                      args.tensor_parallel)
     report = plan(setup, args.temperature, args.accepted)
     print(describe(args.model, setup, report))
     if args.json:

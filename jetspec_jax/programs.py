@@ -10,7 +10,9 @@ import jax
 
 # The whole loop of rounds becomes one CUDA graph: the GPU itself decides whether to go on, and the host neither
 # launches nor waits within it. Without the second option XLA makes no graph of a loop at all. Products that share an
-# operand stay apart: to join them XLA copies their weights side by side every time.
+# operand stay apart: to join them XLA copies their weights side by side every time. COLLECTIVES are not in the list:
+# a graph that loops cannot hold NCCL's as they are (github.com/NVIDIA/nccl, issue 1986), so over a mesh of several GPUs
+# the loop is the host's, which launches graphs and collectives in turn.
 GPU_OPTIONS = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,WHILE,CONDITIONAL",
                "xla_gpu_graph_min_graph_size": 1, "xla_gpu_dot_merger_threshold_mb": 0}
 

@@ -1,5 +1,6 @@
 """The plan for an H100: its arithmetic by hand, and (marker `aot`) the counts of the program compiled for Qwen3-8B."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -10,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from experiments.h100.compile import PLUGINS, Program
-from experiments.h100.costs import kernel_cost
+from experiments.h100.costs import cost_of, kernel_cost, used_experts
 from experiments.h100.hlo import Module, Shape, parse_instruction
 from experiments.h100.kernels import read_report
-from experiments.h100.launches import cache_copies, read_sequence, read_thunks, weight_copies
-from experiments.h100.plan import setup_for
+from experiments.h100.large import large_row
+from experiments.h100.launches import cache_copies, read_sequence, read_thunks, weight_collectives, weight_copies
+from experiments.h100.plan import collectives_of, setup_for
 from experiments.h100.roofline import Operation, estimate, floor, head_operations, target_operations
 from experiments.h100.sweep import fill, table
 from jetspec_jax import JetSpecError, TreeConfig
@@ -173,6 +175,119 @@ def test_transfers_to_the_host_are_counted():
     assert read_sequence(changed, committed=16).host_transfers == 1
 
 
+# What four devices run: a sum outside a graph between two graphs, and a join of two values that is waited for.
+MESH_HLO = """\
+HloModule jit_over_mesh, is_scheduled=true, num_partitions=4
+
+%body (arg: (s32[], bf16[256,40], f32[15,7], s32[15,7])) -> (s32[], bf16[256,40], f32[15,7], s32[15,7]) {
+  %arg = (s32[], bf16[256,40]{1,0}, f32[15,7]{1,0}, s32[15,7]{1,0}) parameter(0)
+  %n = s32[] get-tuple-element(%arg), index=0
+  %w = bf16[256,40]{1,0} get-tuple-element(%arg), index=1
+  %f = f32[15,7]{1,0} get-tuple-element(%arg), index=2
+  %i = s32[15,7]{1,0} get-tuple-element(%arg), index=3
+  %x = bf16[256,40]{1,0} copy(%w), metadata={op_name="jit(over_mesh)/shard_map/while/body/verify/a"}
+  %sum = bf16[256,40]{1,0} all-reduce-start(%x), replica_groups={{0,1,2,3}}, to_apply=%add, metadata={op_name="jit(over_mesh)/shard_map/while/body/verify/layers_0/mlp/psum"}
+  %summed = bf16[256,40]{1,0} all-reduce-done(%sum)
+  %join = ((f32[15,7]{1,0}, s32[15,7]{1,0}), (f32[15,28]{1,0}, s32[15,28]{1,0})) all-gather-start(%f, %i), dimensions={1}
+  %joined = (f32[15,28]{1,0}, s32[15,28]{1,0}) all-gather-done(%join)
+  %whole = bf16[256,160]{1,0} all-gather-start(%w), dimensions={1}
+  ROOT %out = (s32[], bf16[256,40]{1,0}, f32[15,7]{1,0}, s32[15,7]{1,0}) tuple(%n, %summed, %f, %i)
+}
+
+%cond (c: (s32[])) -> pred[] {
+  %c = (s32[]) parameter(0)
+  ROOT %less = pred[] copy(%c)
+}
+
+ENTRY %main (a: bf16[256,40], f0: f32[15,7], i0: s32[15,7]) -> bf16[256,40] {
+  %a = bf16[256,40]{1,0} parameter(0), metadata={op_name="args[0].target['params']['w']"}
+  %f0 = f32[15,7]{1,0} parameter(1), metadata={op_name="args[1].f"}
+  %i0 = s32[15,7]{1,0} parameter(2), metadata={op_name="args[1].i"}
+  %zero = s32[] constant(0)
+  %carry = (s32[], bf16[256,40]{1,0}, f32[15,7]{1,0}, s32[15,7]{1,0}) tuple(%zero, %a, %f0, %i0)
+  %loop = (s32[], bf16[256,40]{1,0}, f32[15,7]{1,0}, s32[15,7]{1,0}) while(%carry), condition=%cond, body=%body
+  ROOT %end = bf16[256,40]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+MESH_THUNKS = """\
+001: kWhile [source | sink]
+condition:
+    002: kCustomKernel [source | sink] less grid: [1, 1, 1] threads: [1, 1, 1]  shared_memory: 0 bytes
+  body:
+    000: kCommandBuffer [source | next=004 (1)]
+        003: kCopy [source | sink] kCopy
+    004: kAllReduce [prev=000 (1) | next=000 (1)] kAllReduce
+    005: kAsyncStart [prev=000 (1) | next=000 (1)] stream=communication_stream[0], async_id=005
+        007: kAllGather [source | sink] kAllGather
+    006: kAsyncDone [prev=000 (1) | next=000 (1)] async_id=005
+"""
+MESH_NAMES = {1: "loop", 2: "less", 3: "x", 4: "sum", 5: "join", 6: "joined"}
+
+
+def test_what_four_devices_tell_each_other():
+    """In a ring each sends 2 * 3/4 of a sum, and its own part of a join three times."""
+    origins = "".join(f'thunk_metadata {{\n profile_annotation: "{name}"\n thunk_id: {i}\n}}\n'
+                      for i, name in MESH_NAMES.items())
+    sequence = read_sequence(Program(MESH_HLO, MESH_THUNKS, origins, {}, 0, 0, 0, 0), committed=0)
+    assert [launch.label for launch in sequence.launches] == ["copy", "copy", "all-reduce", "all-gather"]
+    assert (sequence.host_syncs, sequence.host_graphs, sequence.host_launches) == (1, 1, 3)
+    reduced, joined = collectives_of(sequence.launches)
+    assert (reduced["kind"], reduced["count"], reduced["bytes"]) == ("all-reduce", 1, 30_720)  # of 20,480
+    assert reduced["seconds"] == pytest.approx(10e-6 + 30_720 / 370e9)
+    assert (joined["kind"], joined["count"], joined["bytes"]) == ("all-gather", 1, 3 * 2 * 15 * 7 * 4)
+    assert [launch.layer("verify") for launch in sequence.launches] == [None, None, 0, None]
+    assert weight_collectives(sequence.launches) == 0
+
+
+def test_weights_that_travel_are_found():
+    module = Module(MESH_HLO)
+    (source,) = cost_of(module, module.computations["body"]["whole"], 0).sources
+    assert source.is_weight
+    cost = cost_of(module, module.computations["body"]["whole"], 0)
+    assert cost.sent == 3 * 256 * 40 * 2
+
+
+def test_experts_that_are_used():
+    """The mean over all ways in which 2 tokens can choose 2 of 4 experts each; one token uses what it chooses."""
+    pairs = [set(pair) for pair in itertools.combinations(range(4), 2)]
+    mean = sum(len(a | b) for a in pairs for b in pairs) / len(pairs) ** 2
+    assert used_experts(4, 2, 2) == pytest.approx(mean)
+    assert used_experts(128, 8, 1) == pytest.approx(8)
+
+
+def test_a_product_of_experts_reads_those_that_are_used():
+    expert = 2048 * 1536 * 2  # bytes of gate and up
+
+    def cost(tokens, held, devices):
+        read, flops = kernel_cost("grouped_gate_up", [Shape("s32", (tokens, 8)), Shape("bf16", (tokens, 2048)),
+                                                      Shape("bf16", (held, 2048, 1536))], 0, devices)
+        return read[2], flops
+
+    assert cost(1, 128, 1) == (8 * expert, 8 * expert)  # two operations per number of two bytes
+    assert cost(1, 32, 4) == (2 * expert, 2 * expert)  # on each of four devices, on average
+    assert cost(256, 128, 1) == (pytest.approx(128 * expert, rel=1e-6), 256 * 8 * expert)
+
+
+def test_the_floor_of_qwen3_30b_a3b():
+    """Plain: 8 of 128 experts in each of 48 layers, attention, router, LM head and the cache of 4096 tokens."""
+    target = PRESETS["qwen3-30b-a3b"].target
+    operations = target_operations(target, 1, 4096, 1)
+    experts = 48 * 8 * 3 * 2048 * 768 * 2
+    others = 48 * 2 * (2048 * 5120 + 4096 * 2048 + 2048 * 128) + 2048 * 151936 * 2 + 48 * 2 * 2 * 4 * 128 * 4096
+    assert sum(o.bytes for o in operations) == pytest.approx(experts + others)
+
+
+def test_a_device_has_its_share_of_the_floor():
+    """All matrices and the keys are split."""
+    for name in ("qwen3-32b", "qwen3-30b-a3b"):
+        whole, shared = (setup_for(name, TreeConfig(budget=64), 1, 4096, devices).decoder for devices in (1, 2))
+        for account in (lambda d: target_operations(d.target, 64, 4096, 1),
+                        lambda d: head_operations(d.target, d.drafter.head, 4096, 1)):
+            for a, b in zip(account(whole), account(shared), strict=True):
+                factor = 1 if a.name == "router" else 2  # all know the choices of all tokens
+                assert (a.bytes, a.flops) == (pytest.approx(factor * b.bytes), pytest.approx(factor * b.flops)), a.name
+
+
 def test_nesting_of_thunks():
     thunks = {thunk.id: thunk for thunk in read_thunks(IN_A_GRAPH)}
     assert {i: t.loops for i, t in thunks.items()} == {
@@ -219,8 +334,10 @@ def test_a_target_without_a_head_gets_the_released_shape():
     assert setup.slots == 1536
     with pytest.raises(JetSpecError, match="--context"):
         setup_for("qwen3-8b", TreeConfig(), 1, 40960)
-    with pytest.raises(JetSpecError, match="experts"):
-        setup_for("qwen3-30b-a3b", TreeConfig(), 1, 64)
+    with pytest.raises(JetSpecError, match="num_heads 64 cannot be split evenly over 3 devices"):
+        setup_for("qwen3-32b", TreeConfig(), 1, 64, devices=3)
+    with pytest.raises(JetSpecError, match="--tensor-parallel must be at least 1, not 0"):
+        setup_for("qwen3-32b", TreeConfig(), 1, 64, devices=0)
     with pytest.raises(JetSpecError, match="not one of"):
         setup_for("qwen3-9b", TreeConfig(), 1, 64)
 
@@ -235,9 +352,22 @@ def test_the_page_is_filled_between_its_marks():
         fill("a", "x", "new")
 
 
+def test_a_line_of_the_table_of_several_gpus():
+    report = {"fits": True, "memory": {"total_bytes": 18.19e9}, "launches": {"total": 823}, "expert_weight_bytes": 0,
+              "collectives": [{"count": 140, "bytes": 510e6, "seconds": 2.78e-3}, {"count": 3, "bytes": 1e6, "seconds": 3e-5}],
+              "floor_seconds": 6.58e-3, "estimate_seconds": 11.97e-3, "tokens_per_second": 899.2,
+              "plain": {"estimate_seconds": 8.33e-3, "tokens_per_second": 120.1}}
+    assert large_row("m", 4, report) == (
+        "| m | 4 | 18.2 | 823 | 143 | 511 | 2.81 |  | 6.58 | 11.97 | 8.33 | 899 | 120 |")
+
+
 def run_plan(*arguments):
+    return run_python("experiments/h100_plan.py", *arguments)
+
+
+def run_python(*arguments):
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # as conftest set them
-    return subprocess.run([sys.executable, "experiments/h100_plan.py", *arguments], cwd=ROOT, env=environment,
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)},
                           capture_output=True, text=True, timeout=1200)
 
 
@@ -313,3 +443,57 @@ def test_the_time_of_a_round_is_close_to_its_floor(qwen3_8b):
     assert qwen3_8b["estimate_seconds"] <= 1.25 * qwen3_8b["floor_seconds"]
     assert qwen3_8b["plain"]["estimate_seconds"] <= 1.25 * qwen3_8b["plain"]["floor_seconds"]
     assert qwen3_8b["plain"]["floor_seconds"] < qwen3_8b["plain"]["estimate_seconds"] < qwen3_8b["estimate_seconds"]
+
+
+# One compilation each: the round of a preset with fewer layers.
+ROUND = """
+import json, sys
+from dataclasses import replace
+from experiments.h100.launches import read_sequence
+from experiments.h100.plan import SamplingParams, TreeConfig, compile_rounds, place, abstract_params, round_account
+from experiments.h100.plan import setup_for, size_of
+name, devices, layers = sys.argv[1], int(sys.argv[2]), 5
+setup = setup_for(name, TreeConfig(budget=256), 1, 4096, devices)
+setup = replace(setup, target=replace(setup.target, num_layers=layers),
+                head=replace(setup.head, num_target_layers=layers, target_layer_ids=tuple(range(5))))
+program = compile_rounds(setup, setup.decoder, SamplingParams())
+print(json.dumps({**round_account(setup, program), "weight_bytes": size_of(place(setup, params=abstract_params(setup)))}))
+"""
+
+
+def compile_round(name, devices):
+    done = run_python("-c", ROUND, name, str(devices))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@aot
+@needs_plugin
+def test_four_gpus_share_qwen3_32b():
+    """Two sums a layer, and of the embedding and the taps; best tokens are joined; no weights travel."""
+    report = compile_round("qwen3-32b", 4)
+    summed = next(row for row in report["collectives"] if row["kind"] == "all-reduce")
+    # 5 layers of the target on 256 nodes; 5 of the head, its embedding and its taps on 16 rows.
+    assert summed["bytes"] == (11 * 256 + 12 * 16) * 5120 * 2 * 2 * 3 // 4
+    assert {row["kind"] for row in report["collectives"]} == {"all-reduce", "all-gather"}
+    assert sum(row["bytes"] for row in report["collectives"] if row["kind"] == "all-gather") < 100e3
+    assert report["collectives_per_target_layer"] == 2
+    assert (report["weight_collective_bytes"], report["weight_copy_bytes"], report["cache_copy_bytes"]) == (0, 0, 0)
+    # The host launches the collectives between graphs and decides once a round whether to go on.
+    assert (report["host_syncs_per_round"], report["host_transfers"]) == (1, 0)
+    assert report["launches"]["outside_graphs"] == 1 + sum(row["count"] for row in report["collectives"])
+    assert report["launches"]["per_target_layer"] <= 11
+    matrices = 2 * (5 * (5120 * 10240 + 8192 * 5120 + 3 * 5120 * 25600) * 2 + 2 * 5120 * 151936 + 5 * 5120 * 5120)
+    assert report["weight_bytes"] == pytest.approx(matrices / 4, rel=1e-3)  # norms are whole on each
+
+
+@aot
+@needs_plugin
+def test_a_round_of_qwen3_30b_a3b_reads_the_experts_that_are_used():
+    report = compile_round("qwen3-30b-a3b", 1)
+    assert report["expert_weight_bytes"] == pytest.approx(5 * 128 * 3 * 2048 * 768 * 2, rel=1e-6)  # 256 nodes use all
+    assert report["launches"]["by_kind"]["grouped_gate_up"] == report["launches"]["by_kind"]["grouped_down"] == 5
+    assert report["collectives"] == []
+    assert (report["host_syncs_per_round"], report["launches"]["outside_graphs"]) == (0, 0)
+    assert (report["weight_copy_bytes"], report["cache_copy_bytes"]) == (0, 0)
+    assert report["estimate_seconds"] <= 1.6 * report["floor_seconds"]

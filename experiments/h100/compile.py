@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,14 @@ from typing import Any
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # there is no driver whose version could be checked
 
 import jax
+import numpy as np
 from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
 
 from jetspec_jax import JetSpecError
+from jetspec_jax.collectives import DATA, TENSOR
 from jetspec_jax.programs import GPU_OPTIONS
+from jetspec_jax.sharding import specs
 
 DESCRIPTION = Path(__file__).with_name("h100_sxm.txtpb")
 PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
@@ -41,7 +46,7 @@ class Program:
         thunks: what is launched, in order, nested by loops and command buffers.
         origins: which instruction of `hlo` each thunk comes from (text form of XLA's ThunkMetadataListProto).
         ptx: by kernel name.
-        argument_bytes, alias_bytes, output_bytes, temp_bytes: device memory; aliased outputs live in arguments.
+        argument_bytes, alias_bytes, output_bytes, temp_bytes: memory of each device; aliased outputs live in arguments.
     """
 
     hlo: str
@@ -60,13 +65,31 @@ def require_plugin() -> None:
         raise JetSpecError("this needs JAX's CUDA compiler (no GPU and no driver): pip install -e '.[plan]'")
 
 
+def h100s(count: int) -> list[Any]:
+    """So many H100s of one host, described."""
+    require_plugin()
+    return list(topologies.get_topology_desc("", platform="cuda", target_config=DESCRIPTION.read_text(),
+                                             topology=f"1x1x{count}").devices)
+
+
 def on_h100(tree: Any) -> Any:
     """Abstract arrays of one H100 in the place of a pytree's leaves."""
-    require_plugin()
-    topology = topologies.get_topology_desc("", platform="cuda", target_config=DESCRIPTION.read_text(),
-                                            topology="1x1x1")
-    placed = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    placed = jax.sharding.SingleDeviceSharding(h100s(1)[0])
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), tree)
+
+
+@cache
+def mesh_of_h100s(count: int) -> Mesh:
+    """H100s of one host that share every layer."""
+    return Mesh(np.asarray(h100s(count)).reshape(1, count), (DATA, TENSOR))
+
+
+def over_h100s(mesh: Mesh, **named: Any) -> tuple[Any, ...]:
+    """The same for abstract arrays, each spread over a mesh as the library's table wants it."""
+    placed = jax.tree.map(lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
+                                                                  sharding=NamedSharding(mesh, spec)),
+                          named, specs(named))
+    return tuple(placed[name] for name in named)  # a mapped dict is sorted
 
 
 def compile_for_h100(function: Callable[..., Any], *args: Any, static: tuple[int, ...] = (),
@@ -74,7 +97,7 @@ def compile_for_h100(function: Callable[..., Any], *args: Any, static: tuple[int
     """Compiles `function` with the library's own options.
 
     Args:
-        args: static values, and pytrees of abstract arrays from `on_h100`.
+        args: static values, and pytrees of abstract arrays from `on_h100` or `over_h100s`.
         static, donate: indices of static and of donated arguments.
     """
     with tempfile.TemporaryDirectory() as folder:

@@ -1,20 +1,26 @@
 """What one launch moves and computes, from the shapes it was compiled for.
 
-Every operand counts as read and every result as written, once, with three exceptions: what is only sliced or gathered
-from counts as far as it is taken; what is written in place counts as far as it is written; and an attention kernel,
-which gets the whole cache of all layers, reads the committed slots of one layer. Blocks that share keys run at the
-same time and find them in the L2 cache (50 MB), so keys count once.
+Every operand counts as read and every result as written, once, with four exceptions: what is only sliced or gathered
+from counts as far as it is taken; what is written in place counts as far as it is written; an attention kernel, which
+gets the whole cache of all layers, reads the committed slots of one layer; and a product of experts, which gets all of
+them, reads those that some token chose (`used_experts`). Blocks that share keys run at the same time and find them in
+the L2 cache (50 MB), so keys count once.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from experiments.h100.hlo import Computation, Instruction, Module, Shape
 
 VIEWS = ("bitcast", "reshape")
+# What each of n devices sends in a ring, as a share of the bytes that it puts in.
+SENT: dict[str, Callable[[int], float]] = {
+    "all-reduce": lambda n: 2 * (n - 1) / n, "all-gather": lambda n: n - 1, "reduce-scatter": lambda n: (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n, "collective-permute": lambda n: 1}
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,7 @@ class Source:
 
     @property
     def is_weight(self) -> bool:
-        return self.name.startswith("params") and len(self.shape.dims) > 1
+        return re.search(r"\bparams\b", self.name) is not None and len(self.shape.dims) > 1
 
     @property
     def whole(self) -> bool:
@@ -42,12 +48,14 @@ class Cost:
         read, written: bytes.
         flops: operations on tensor cores (two per multiply-add); others are hidden behind the bytes.
         sources: arguments of the program that it reads.
+        sent: bytes that a collective makes each device send to others.
     """
 
     read: int
     written: int
     flops: int = 0
     sources: tuple[Source, ...] = ()
+    sent: int = 0
 
     @property
     def bytes(self) -> int:
@@ -63,6 +71,7 @@ def cost_of(module: Module, instruction: Instruction, committed: int) -> Cost:
     home = module.home[instruction.name]
     operands = [home[name].shapes[0] for name in instruction.operands]
     read, written, flops = [shape.bytes for shape in operands], sum(s.bytes for s in instruction.shapes), 0
+    sent = sent_bytes(instruction, sum(read), module.devices)
     if instruction.opcode == "fusion":
         body = module.computations[instruction.attribute(r"calls=%([\w.\-]+)") or ""]
         shares = taken(body)
@@ -71,7 +80,7 @@ def cost_of(module: Module, instruction: Instruction, committed: int) -> Cost:
     elif "matmul" in instruction.target:
         written, flops = instruction.shapes[0].bytes, matmul_flops(instruction, operands)
     elif kernel := re.search(r"(\w+)/pallas_call$", instruction.scope):
-        read, flops = kernel_cost(kernel.group(1), operands, committed)
+        read, flops = kernel_cost(kernel.group(1), operands, committed, module.devices)
     elif "output_to_operand_aliasing" in instruction.rest:
         in_place = [int(i) for i in re.findall(r"\((\d+), \{", instruction.rest)]
         written -= sum(operands[i].bytes for i in in_place)
@@ -82,7 +91,24 @@ def cost_of(module: Module, instruction: Instruction, committed: int) -> Cost:
     sources = tuple(Source(origin, shape, size)
                     for name, shape, size in zip(instruction.operands, operands, read, strict=True)
                     if size and (origin := module.origin(home, name)))
-    return Cost(sum(read), written, flops, sources)
+    return Cost(sum(read), written, flops, sources, sent)
+
+
+def collective_of(instruction: Instruction) -> str | None:
+    """Its kind, if it exchanges data between devices."""
+    kind = instruction.opcode.removesuffix("-start")
+    return kind if kind in SENT else None
+
+
+def sent_bytes(instruction: Instruction, operands: int, devices: int) -> int:
+    """What each device sends in a collective whose operands have so many bytes on each."""
+    kind = collective_of(instruction)
+    return round(SENT[kind](devices) * operands) if kind else 0
+
+
+def used_experts(experts: int, choices: int, tokens: int) -> float:
+    """Different experts that some token chooses, on average, where all are equally likely: E (1 - (1 - A/E)^N)."""
+    return experts * (1 - (1 - choices / experts) ** tokens)
 
 
 def matmul_flops(instruction: Instruction, operands: list[Shape]) -> int:
@@ -92,16 +118,21 @@ def matmul_flops(instruction: Instruction, operands: list[Shape]) -> int:
     return 2 * instruction.shapes[0].size * contracted
 
 
-def kernel_cost(name: str, operands: list[Shape], committed: int) -> tuple[list[int], int]:
+def kernel_cost(name: str, operands: list[Shape], committed: int, devices: int = 1) -> tuple[list[int], int]:
     """Bytes read of each operand of a kernel of ours, and its operations on tensor cores.
 
     Args:
         name: of the Pallas call.
         operands: as the kernel takes them.
+        devices: that share a layer; each holds some whole experts.
     """
     read = [shape.bytes for shape in operands]
     if name == "gated_product":  # rows [N, D], weights [D, 2F]
         return read, 2 * operands[0].size * operands[1].dims[1]
+    if name in ("grouped_gate_up", "grouped_down"):  # choices [N, A], rows, this device's experts [E, Y, Z]
+        (tokens, choices), (held, inner, width) = operands[0].dims, operands[2].dims
+        read[2] = round(read[2] * used_experts(held * devices, choices, tokens) / (held * devices))
+        return read, 2 * tokens * choices * inner * width // devices
     if name != "tree_attention":
         return read, 0
     # layer, cached, queries [B, N, K, g, C] (padded), new keys and values [B, M, K, C], bits, caches [L, B, K, S, C]

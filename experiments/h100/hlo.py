@@ -106,9 +106,12 @@ class Module:
     Attributes:
         computations: by name.
         entry: the one that is called.
+        devices: how many run it together; its shapes are those of one of them.
     """
 
     def __init__(self, text: str) -> None:
+        partitions = re.match(r"HloModule [^\n]*num_partitions=(\d+)", text)
+        self.devices = int(partitions.group(1)) if partitions else 1
         self.computations: dict[str, Computation] = {}
         self.entry = ""
         name = ""

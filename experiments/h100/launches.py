@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from experiments.h100.compile import Program
-from experiments.h100.costs import Cost, cost_of
+from experiments.h100.costs import Cost, collective_of, cost_of
 from experiments.h100.hlo import Instruction, Module, Shape
 
 CONTAINERS = ("kWhile", "kCommandBuffer", "kSequential", "kConditional")
-NOT_PLACES = ("", "while", "body", "cond", "branch_0_fun", "pallas_call", "dot_general")
+ASYNC = "kAsyncStart"  # of jax 0.11: what lies inside is the same launch once more
+NOT_PLACES = ("", "shard_map", "while", "body", "cond", "branch_0_fun", "pallas_call", "dot_general")
 HOST_OPCODES = ("infeed", "outfeed", "send", "recv", "send-done", "recv-done")
 
 
@@ -44,7 +45,7 @@ class Launch:
     """One launch of a round (or of whatever the program repeats).
 
     Attributes:
-        label: what it is: "matmul", "copy", "fusion", "topk", or the name of a kernel of ours.
+        label: what it is: "matmul", "copy", "fusion", "topk", "all-reduce", or the name of a kernel of ours.
         kernel: name of the compiled kernel, "" for library calls and copies.
         scope: the path of named scopes and modules it was traced under.
         times: how often it is launched.
@@ -94,6 +95,8 @@ def read_thunks(text: str) -> list[Thunk]:
         indent = len(found.group(1))
         while around and around[-1][0] >= indent:
             around.pop()
+        if any(container.kind == ASYNC for _, container in around):
+            continue
         kernel = re.match(r"(\S+) grid: \[([\d, ]+)\] .*shared_memory: (\d+)", found.group(4))
         thunk = Thunk(
             id=int(found.group(2)), kind=found.group(3), kernel=kernel.group(1) if kernel else "",
@@ -102,7 +105,7 @@ def read_thunks(text: str) -> list[Thunk]:
             loops=tuple(t.id for _, t in around if t.kind == "kWhile"),
             in_graph=any(t.kind == "kCommandBuffer" for _, t in around))
         thunks.append(thunk)
-        if thunk.kind in CONTAINERS:
+        if thunk.kind in (*CONTAINERS, ASYNC):
             around.append((indent, thunk))
     return thunks
 
@@ -126,12 +129,14 @@ class Sequence:
         launches: those of one round, or of the whole program.
         host_syncs: how often the host evaluates a condition in a round.
         host_launches: launches that the host makes one by one, outside any graph in a round.
+        host_graphs: graphs that the host launches in a round; none where one graph holds all rounds.
         host_transfers: instructions that exchange data with the host.
     """
 
     launches: list[Launch]
     host_syncs: int
     host_launches: int
+    host_graphs: int
     host_transfers: int
 
 
@@ -151,23 +156,27 @@ def read_sequence(program: Program, committed: int, repetitions: int = 1, whole:
             name = origins[thunk.id]
             trips[thunk.id] = module.home[name][name].trips
     rounds_only = not whole and any(count is None for count in trips.values())
-    launches, syncs, alone = [], 0, 0
+    launches, syncs, alone, graphs = [], 0, 0, 0
     for thunk in thunks:
         if rounds_only and thunk.kind != "kWhile" and not any(trips[loop] is None for loop in thunk.loops):
             continue
         times = math.prod(trips[loop] or repetitions for loop in thunk.loops)
         if thunk.kind == "kWhile" and trips[thunk.id] is None and not thunk.in_graph:
             syncs += times * repetitions
+        if thunk.kind == "kCommandBuffer":
+            graphs += times
         if thunk.kind in CONTAINERS:
             continue
-        alone += 0 if thunk.in_graph else times
         name = origins[thunk.id]
         instruction = module.home[name][name]
+        if instruction.opcode.endswith("-done"):  # waits for what was launched before
+            continue
+        alone += 0 if thunk.in_graph else times
         cost = cost_of(module, instruction, committed)
         launches.append(Launch(label=label_of(instruction, cost), kernel=thunk.kernel, scope=instruction.scope,
                                times=times, cost=cost, grid=thunk.grid, shared_bytes=thunk.shared_bytes,
                                results=instruction.shapes))
-    return Sequence(launches, syncs, alone, sum(1 for _ in host_transfers(program, module)))
+    return Sequence(launches, syncs, alone, graphs, sum(1 for _ in host_transfers(program, module)))
 
 
 def label_of(instruction: Instruction, cost: Cost) -> str:
@@ -178,6 +187,8 @@ def label_of(instruction: Instruction, cost: Cost) -> str:
     # The product of one row with a matrix is a reduction to XLA.
     if instruction.scope.endswith("dot_general") and any(s.is_weight and s.whole for s in cost.sources):
         return "matmul"
+    if collective := collective_of(instruction):
+        return collective
     if instruction.opcode == "custom-call":
         return "matmul" if "matmul" in instruction.target else instruction.target.strip("_").split("$")[-1].lower()
     return {"fusion": "fusion", "copy": "copy"}.get(instruction.opcode, instruction.opcode)
@@ -197,6 +208,18 @@ def weight_copies(launches: list[Launch]) -> int:
     return sum(launch.times * launch.cost.bytes for launch in launches if launch.moves and any(
         source.is_weight and source.whole and launch.cost.written >= source.read // 2
         for source in launch.cost.sources))
+
+
+def expert_bytes(launches: list[Launch]) -> int:
+    """Bytes of experts' weights that are read."""
+    return sum(launch.times * source.read for launch in launches for source in launch.cost.sources
+               if launch.label.startswith("grouped_") and source.is_weight)
+
+
+def weight_collectives(launches: list[Launch]) -> int:
+    """Bytes of weights that devices send to each other."""
+    return sum(launch.times * launch.cost.sent for launch in launches
+               if any(source.is_weight for source in launch.cost.sources))
 
 
 def cache_copies(launches: list[Launch], slots: int) -> int:

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from experiments.h100.compile import Program, compile_for_h100, on_h100
+from experiments.h100.compile import Program, compile_for_h100, mesh_of_h100s, on_h100, over_h100s
+from experiments.h100.costs import SENT
 from experiments.h100.kernels import kernels_of
-from experiments.h100.launches import Launch, Sequence, cache_copies, read_sequence, weight_copies
+from experiments.h100.launches import (
+    Launch,
+    Sequence,
+    cache_copies,
+    expert_bytes,
+    read_sequence,
+    weight_collectives,
+    weight_copies,
+)
 from experiments.h100.roofline import (
     DEVICE_BYTES,
     bound,
@@ -29,11 +41,13 @@ from jetspec_jax.draft import HeadDrafter, NoDrafter, Params
 from jetspec_jax.generate import PROMPT_CHUNK, bucket
 from jetspec_jax.head import head_shapes
 from jetspec_jax.sampling import Sampler
+from jetspec_jax.sharding import over_mesh
 from jetspec_jax.target import target_shapes
 
 ACCEPTED = 10.76  # tokens a round, arXiv 2606.18394 (Qwen3-8B, 256 nodes)
 BASIS = ("computed from the compiled program, not measured: each launch takes the larger of its bytes at 3.0 TB/s and "
          "its products at 798 TFLOP/s (both rates measured on an H100 SXM), plus 2 us; launches do not overlap")
+LINKS = "a collective takes, by assumption, what each GPU sends in a ring at 370 GB/s, plus 10 us"
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,7 @@ class Setup:
         tree: builder, width and budget.
         batch: B.
         context: committed tokens of every sequence.
+        devices: that share every layer.
     """
 
     target: TargetConfig
@@ -51,10 +66,17 @@ class Setup:
     tree: TreeConfig
     batch: int
     context: int
+    devices: int = 1
 
     @property
     def decoder(self) -> Decoder:
-        return Decoder(self.target, HeadDrafter(self.target, self.head, self.tree))
+        """With what one device holds of target and head."""
+        target = self.target.share(self.devices)
+        return Decoder(target, HeadDrafter(target, self.head.share(self.devices), self.tree))
+
+    @property
+    def plain_decoder(self) -> Decoder:
+        return Decoder(self.target.share(self.devices), NoDrafter())
 
     @property
     def slots(self) -> int:
@@ -62,18 +84,24 @@ class Setup:
         return bucket(self.context + self.decoder.drafter.max_path, 256)
 
 
-def setup_for(name: str, tree: TreeConfig, batch: int, context: int) -> Setup:
-    """By preset name; a target without a released head gets one of the released shape (5 layers, blocks of 16)."""
+def setup_for(name: str, tree: TreeConfig, batch: int, context: int, devices: int = 1) -> Setup:
+    """By preset name; a target without a released head gets one of the released shape (5 layers, blocks of 16).
+
+    Raises:
+        JetSpecError: a name that is not known, or numbers that make no sense for this model.
+    """
     preset = PRESETS.get(name)
     if preset is None:
         raise JetSpecError(f"--model {name!r} is not one of {', '.join(PRESETS)}")
-    if preset.target.num_experts:
-        raise JetSpecError(f"{name} has experts, whose bytes and products the plan does not count yet: take a dense "
-                           "target")
     if batch < 1 or not 1 <= context < preset.target.max_positions:
         raise JetSpecError(f"--batch must be at least 1 and --context from 1 to {preset.target.max_positions - 1} for "
                            f"{name}, not {batch} and {context}")
-    return Setup(preset.target, preset.head or released_shape(preset), tree, batch, context)
+    if devices < 1:
+        raise JetSpecError(f"--tensor-parallel must be at least 1, not {devices}")
+    head = preset.head or released_shape(preset)
+    preset.target.share(devices)  # both refuse what cannot be split
+    head.share(devices)
+    return Setup(preset.target, head, tree, batch, context, devices)
 
 
 def released_shape(preset: Preset) -> HeadConfig:
@@ -92,15 +120,38 @@ def abstract_params(setup: Setup) -> Params:
 
 
 def abstract_state(setup: Setup, decoder: Decoder, sampling: SamplingParams) -> Any:
-    return jax.eval_shape(lambda: create_state(decoder, setup.batch, setup.slots, Sampler.create(sampling),
-                                               jnp.zeros((4,), jnp.int32)))
+    """Of all devices together."""
+    static = (decoder, setup.batch, setup.slots)
+    args = jax.eval_shape(lambda: (Sampler.create(sampling, setup.devices), jnp.zeros((4,), jnp.int32)))
+    if setup.devices == 1:
+        return jax.eval_shape(partial(create_state, *static), *args)
+    return jax.eval_shape(partial(over_mesh, mesh_of_h100s(setup.devices), create_state, static), *args)
+
+
+def place(setup: Setup, **named: Any) -> tuple[Any, ...]:
+    """Abstract arguments on the devices of a setup."""
+    if setup.devices == 1:
+        return tuple(on_h100(list(named.values())))
+    return over_h100s(mesh_of_h100s(setup.devices), **named)
+
+
+def compile_program(setup: Setup, function: Callable[..., Any], static: tuple[Any, ...], donate: tuple[int, ...] = (),
+                    **named: Any) -> Program:
+    """`function(*static, *named)` as `generate` runs it: on one device, or on all of a mesh.
+
+    Args:
+        donate: indices into `named` whose buffers the result may take over.
+    """
+    leading = static if setup.devices == 1 else (mesh_of_h100s(setup.devices), function, static)
+    return compile_for_h100(function if setup.devices == 1 else over_mesh, *leading, *place(setup, **named),
+                            static=tuple(range(len(leading))), donate=tuple(len(leading) + i for i in donate))
 
 
 def compile_rounds(setup: Setup, decoder: Decoder, sampling: SamplingParams) -> Program:
     """The loop that decoding runs."""
     number = jax.ShapeDtypeStruct((), jnp.int32)
-    args = on_h100((abstract_params(setup), abstract_state(setup, decoder, sampling), number, number))
-    return compile_for_h100(run_rounds, decoder, *args, static=(0,), donate=(2,))
+    return compile_program(setup, run_rounds, (decoder,), donate=(1,), params=abstract_params(setup),
+                           state=abstract_state(setup, decoder, sampling), max_rounds=number, min_active=number)
 
 
 def prompt_chunk(setup: Setup) -> int:
@@ -112,10 +163,11 @@ def compile_prefill(setup: Setup) -> Program:
     """The program that reads a prompt of `context` tokens."""
     chunk = prompt_chunk(setup)
     width = -(-bucket(setup.context, chunk) // chunk) * chunk
-    inputs = jax.eval_shape(lambda: (
-        Sampler.create(SamplingParams()), jnp.zeros((setup.batch, width), jnp.int32),
+    sampler, tokens, count, keys = jax.eval_shape(lambda: (
+        Sampler.create(SamplingParams(), setup.devices), jnp.zeros((setup.batch, width), jnp.int32),
         jnp.ones((setup.batch,), jnp.int32), jax.vmap(jax.random.key)(jnp.zeros((setup.batch,), jnp.int32))))
-    return compile_for_h100(prefill, setup.decoder, chunk, *on_h100((abstract_params(setup), *inputs)), static=(0, 1))
+    return compile_program(setup, prefill, (setup.decoder, chunk), params=abstract_params(setup), sampler=sampler,
+                           tokens=tokens, count=count, keys=keys)
 
 
 def plan(setup: Setup, temperature: float = 0.0, accepted: float = ACCEPTED) -> dict[str, Any]:
@@ -126,7 +178,8 @@ def plan(setup: Setup, temperature: float = 0.0, accepted: float = ACCEPTED) -> 
     account, plain = round_account(setup, rounds), plain_account(setup)
     expected = account["estimate_seconds"]
     return {
-        "basis": BASIS, "fits": memory["total_bytes"] <= DEVICE_BYTES, "memory": memory, **account,
+        "basis": BASIS if setup.devices == 1 else f"{BASIS}; {LINKS}", "devices": setup.devices,
+        "fits": memory["total_bytes"] <= DEVICE_BYTES, "memory": memory, **account,
         "kernels": [kernel.as_dict() for kernel in kernels_of(launches, rounds.ptx)],
         "accepted": accepted, "tokens_per_second": setup.batch * accepted / expected,
         "speedup": accepted * plain["estimate_seconds"] / expected,
@@ -138,16 +191,17 @@ def plan(setup: Setup, temperature: float = 0.0, accepted: float = ACCEPTED) -> 
 
 def round_account(setup: Setup, program: Program) -> dict[str, Any]:
     """Counts and times of a greedy round."""
-    sequence = read_sequence(program, setup.context)
-    operations = (target_operations(setup.target, setup.decoder.drafter.nodes, setup.context, setup.batch)
-                  + head_operations(setup.target, setup.head, setup.context, setup.batch))
+    sequence, target, drafter = read_sequence(program, setup.context), setup.decoder.target, setup.decoder.drafter
+    operations = (target_operations(target, drafter.nodes, setup.context, setup.batch)
+                  + head_operations(target, setup.head.share(setup.devices), setup.context, setup.batch))
     return {**summary(sequence, setup.slots), **times_of(sequence, floor(operations))}
 
 
 def plain_account(setup: Setup) -> dict[str, Any]:
     """The same of plain decoding."""
-    sequence = read_sequence(compile_rounds(setup, Decoder(setup.target, NoDrafter()), SamplingParams()), setup.context)
-    operations = target_operations(setup.target, 1, setup.context, setup.batch)
+    decoder = setup.plain_decoder
+    sequence = read_sequence(compile_rounds(setup, decoder, SamplingParams()), setup.context)
+    operations = target_operations(decoder.target, 1, setup.context, setup.batch)
     return {**summary(sequence, setup.slots), **times_of(sequence, floor(operations))}
 
 
@@ -157,9 +211,9 @@ def times_of(sequence: Sequence, lowest: float) -> dict[str, float]:
 
 
 def memory_of(setup: Setup, rounds: Program, reading: Program) -> dict[str, int]:
-    """Bytes on the device. The most is held in a round, or while the prompt is read beside the state of the rounds."""
-    params = abstract_params(setup)
-    state = abstract_state(setup, setup.decoder, SamplingParams())
+    """Bytes on each device. The most is held in a round, or while the prompt is read beside the state of the rounds."""
+    params, state = place(setup, params=abstract_params(setup),
+                          state=abstract_state(setup, setup.decoder, SamplingParams()))
     resident = rounds.argument_bytes + rounds.output_bytes - rounds.alias_bytes + rounds.temp_bytes
     while_reading = (reading.argument_bytes + reading.output_bytes - reading.alias_bytes + reading.temp_bytes
                      + size_of(state))
@@ -169,8 +223,9 @@ def memory_of(setup: Setup, rounds: Program, reading: Program) -> dict[str, int]
 
 
 def size_of(tree: Any) -> int:
-    """Bytes of a pytree of abstract arrays; a random key has two words."""
-    return sum(leaf.size * (8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize)
+    """Bytes on each device of a pytree of abstract arrays that are placed; a random key has two words."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape))
+               * (8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize)
                for leaf in jax.tree.leaves(tree))
 
 
@@ -183,9 +238,24 @@ def summary(sequence: Sequence, slots: int) -> dict[str, Any]:
     return {
         "launches": {"total": kinds.total(), "per_target_layer": per_layer(launches, "verify"),
                      "per_head_layer": per_layer(launches, "draft"), "by_kind": dict(kinds.most_common()),
-                     "outside_graphs": sequence.host_launches},
+                     "outside_graphs": sequence.host_launches, "graphs": sequence.host_graphs},
+        "collectives": collectives_of(launches), "collectives_per_target_layer": per_layer(
+            [launch for launch in launches if launch.label in SENT], "verify"),
+        "weight_collective_bytes": weight_collectives(launches), "expert_weight_bytes": expert_bytes(launches),
         "weight_copy_bytes": weight_copies(launches), "cache_copy_bytes": cache_copies(launches, slots),
         "host_transfers": sequence.host_transfers, "host_syncs_per_round": sequence.host_syncs}
+
+
+def collectives_of(launches: list[Launch]) -> list[dict[str, Any]]:
+    """By kind: how many, bytes that each device sends in all of them, seconds."""
+    rows: dict[str, dict[str, Any]] = {}
+    for launch in launches:
+        if launch.label in SENT:
+            row = rows.setdefault(launch.label, {"kind": launch.label, "count": 0, "bytes": 0, "seconds": 0.0})
+            row["count"] += launch.times
+            row["bytes"] += launch.times * launch.cost.sent
+            row["seconds"] += launch.times * launch_seconds(launch)
+    return list(rows.values())
 
 
 def per_layer(launches: list[Launch], part: str) -> int:
@@ -202,7 +272,7 @@ def prefill_account(setup: Setup, program: Program) -> dict[str, Any]:
     """Reading the prompt, chunk by chunk; a chunk meets half of the prompt on average."""
     chunks = -(-setup.context // prompt_chunk(setup))
     sequence = read_sequence(program, (chunks - 1) * prompt_chunk(setup) // 2, repetitions=chunks, whole=True)
-    operations = prompt_operations(setup.target, setup.head, setup.context, setup.batch)
+    operations = prompt_operations(setup.decoder.target, setup.head.share(setup.devices), setup.context, setup.batch)
     return {"chunks": chunks, "launches": sum(launch.times for launch in sequence.launches),
             "weight_copy_bytes": weight_copies(sequence.launches), **times_of(sequence, floor(operations))}
 
@@ -221,7 +291,7 @@ def rows_of(launches: list[Launch]) -> list[dict[str, Any]]:
         size, flops = launch.cost.bytes, launch.cost.flops
         row = rows.setdefault((launch.label, launch.kernel, launch.place, size, flops), {
             "kind": launch.label, "place": launch.place, "kernel": launch.kernel, "launches": 0, "bytes": size,
-            "flops": flops, "bound": bound(size, flops), "seconds": 0.0})
+            "flops": flops, "bound": "links" if launch.cost.sent else bound(size, flops), "seconds": 0.0})
         row["launches"] += launch.times
         row["seconds"] += launch.times * launch_seconds(launch)
     return sorted(rows.values(), key=lambda row: -row["seconds"])

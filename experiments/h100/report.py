@@ -12,7 +12,7 @@ SHOWN = 24  # rows of the launch table
 def describe(name: str, setup: Setup, report: dict[str, Any]) -> str:
     """Totals, kernels of ours, and launches, the costliest first."""
     title = (f"{name}, {setup.target.dtype}, budget {setup.tree.budget}, context {setup.context}, batch "
-             f"{setup.batch}, one H100 SXM")
+             f"{setup.batch}, {'one H100 SXM' if setup.devices == 1 else f'each of {setup.devices} H100s SXM'}")
     parts = [title, report["basis"], "", *totals(report), "", *kernel_table(report["kernels"]), "",
              *launch_table(report["rows"])]
     return "\n".join(parts)
@@ -25,8 +25,12 @@ def totals(report: dict[str, Any]) -> list[str]:
         f"memory     {giga['total_bytes']}, {'fits' if report['fits'] else 'does NOT fit'} in 80 GB: weights "
         f"{giga['weight_bytes']}, caches {giga['cache_bytes']}, temporaries {memory['temp_bytes'] / 1e6:.0f} MB",
         f"launches   {launches['total']} a round; at most {launches['per_target_layer']} in a target layer, "
-        f"{launches['per_head_layer']} in a head layer; {launches['outside_graphs']} outside CUDA graphs",
+        f"{launches['per_head_layer']} in a head layer; {launches['outside_graphs']} outside CUDA graphs"
+        + (f", the others in {launches['graphs']} graphs" if launches["graphs"] else ""),
         "           " + ", ".join(f"{count} {kind}" for kind, count in launches["by_kind"].items()),
+        *collective_lines(report["collectives"], report["weight_collective_bytes"]),
+        *([f"experts    {report['expert_weight_bytes'] / 1e9:.2f} GB of their weights read in a round, "
+           f"{plain['expert_weight_bytes'] / 1e9:.2f} GB plain"] if report["expert_weight_bytes"] else []),
         f"copies     {report['weight_copy_bytes']} bytes of weights, {report['cache_copy_bytes']} bytes of caches",
         f"host       {report['host_syncs_per_round']} synchronisations a round, {report['host_transfers']} transfers",
         f"round      {times(report)}",
@@ -39,6 +43,15 @@ def totals(report: dict[str, Any]) -> list[str]:
                      f"{sampled['launches']['total']} launches, {sampled['host_syncs_per_round']} synchronisations")
     return [*lines, f"tokens/s   {report['tokens_per_second']:.0f} with {report['accepted']} tokens a round, "
                     f"{plain['tokens_per_second']:.0f} plain: {report['speedup']:.2f} times"]
+
+
+def collective_lines(rows: list[dict[str, Any]], weights: int) -> list[str]:
+    """What the devices tell each other in a round."""
+    if not rows:
+        return []
+    kinds = ", ".join(f"{row['count']} {row['kind']} ({row['bytes'] / 1e6:.1f} MB, {ms(row['seconds'])})"
+                      for row in rows)
+    return [f"links      {kinds}; {weights} bytes of weights"]
 
 
 def kernel_table(kernels: list[dict[str, Any]]) -> list[str]:
