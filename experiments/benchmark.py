@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments.common import add_pair_arguments, load, run_main, write_text
+from experiments.common import add_pair_arguments, add_tree_width, load, run_main, tree_of, write_text
 from experiments.decode import summarize
 from experiments.peers import PEERS, Peer
 from experiments.phases import ready_state, shares
@@ -156,7 +156,7 @@ def methods_of(name: str, budgets: list[int], pair: Pair, args: argparse.Namespa
     if builder == "chain":
         size = own.head_config.block_size
         return [Method(name, size, TreeConfig(builder, 1, size), own)]
-    return [Method(name, budget, TreeConfig(builder, args.tree_width, budget), own) for budget in budgets]
+    return [Method(name, budget, tree_of(builder, budget, args), own) for budget in budgets]
 
 
 def with_head(pair: Pair, kind: str, head: str | None, args: argparse.Namespace) -> Pair:
@@ -231,7 +231,7 @@ def build_parser() -> argparse.ArgumentParser:
                         help="; ".join(f"{name}: {what}" for name, what in METHODS.items())
                              + f"; peers (extra `parity`): {', '.join(PEERS)} (default %(default)s)")
     parser.add_argument("--budgets", default="16,32,64,128,256", metavar="N,N,...", help="default %(default)s")
-    parser.add_argument("--tree-width", type=int, default=7, help="default %(default)s")
+    add_tree_width(parser)
     parser.add_argument("--bidirectional-head", metavar="PATH", help="for dflash and ddtree")
     parser.add_argument("--autoregressive-head", metavar="PATH", help="for eagle3")
     parser.add_argument("--lookup-ngram", type=int, default=3, help="default %(default)s")

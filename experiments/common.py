@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from jetspec_jax import PRESETS, JetSpecError, Pair, SamplingParams, TreeConfig, load_pretrained
-from jetspec_jax.config import FLOAT_DTYPES, MAX_TREE_BUDGET, MAX_TREE_WIDTH, Builder
+from jetspec_jax.config import FLOAT_DTYPES, MAX_TREE_BUDGET, MAX_TREE_WIDTH, TREE_WIDTHS, Builder
 from jetspec_jax.pretrained import cache_folder
 from jetspec_jax.sharding import connect, make_mesh
 
@@ -32,7 +32,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add_pair_arguments(parser)
     parser.add_argument("--tree-builder", choices=get_args(Builder), default="accum_logp",
                         help="default %(default)s")
-    parser.add_argument("--tree-width", type=int, default=7, help=f"1 to {MAX_TREE_WIDTH} (default %(default)s)")
+    add_tree_width(parser)
     parser.add_argument("--budget", type=int, default=64, help=f"nodes of a tree, the root included, 1 to "
                                                                f"{MAX_TREE_BUDGET} (default %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
@@ -67,8 +67,17 @@ def mesh_from(args: argparse.Namespace) -> Mesh | None:
     return None if args.tensor_parallel is None else make_mesh(args.tensor_parallel)
 
 
+def add_tree_width(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tree-width", type=int, metavar="W", help=f"children per node, 1 to {MAX_TREE_WIDTH} (default "
+                        + ", ".join(f"{width} for {builder}" for builder, width in TREE_WIDTHS.items()) + ")")
+
+
+def tree_of(builder: Builder, budget: int, args: argparse.Namespace) -> TreeConfig:
+    return TreeConfig(builder, TREE_WIDTHS[builder] if args.tree_width is None else args.tree_width, budget)
+
+
 def tree_from(args: argparse.Namespace) -> TreeConfig:
-    return TreeConfig(args.tree_builder, args.tree_width, args.budget)
+    return tree_of(args.tree_builder, args.budget, args)
 
 
 def sampling_from(args: argparse.Namespace) -> SamplingParams:

@@ -13,6 +13,8 @@ from jetspec_jax.errors import JetSpecError
 
 MAX_TREE_WIDTH = 16
 MAX_TREE_BUDGET = 1024
+# Children per node that the scripts choose. best_first only takes those that are worth their place, so more never hurt.
+TREE_WIDTHS = {"accum_logp": 7, "best_first": MAX_TREE_WIDTH, "chain": 1}
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 Builder = Literal["accum_logp", "best_first", "chain"]
 KernelBackend = Literal["auto", "reference", "pallas", "pallas_interpret", "triton", "triton_interpret"]
