@@ -68,8 +68,9 @@ def mesh_from(args: argparse.Namespace) -> Mesh | None:
 
 
 def add_tree_width(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tree-width", type=int, metavar="W", help=f"children per node, 1 to {MAX_TREE_WIDTH} (default "
-                        + ", ".join(f"{width} for {builder}" for builder, width in TREE_WIDTHS.items()) + ")")
+    defaults = ", ".join(f"{width} for {builder}" for builder, width in TREE_WIDTHS.items())
+    parser.add_argument("--tree-width", type=int, metavar="W",
+                        help=f"children per node, 1 to {MAX_TREE_WIDTH} (default {defaults})")
 
 
 def tree_of(builder: Builder, budget: int, args: argparse.Namespace) -> TreeConfig:
