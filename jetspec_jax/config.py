@@ -20,7 +20,7 @@ Builder = Literal["accum_logp", "best_first", "chain"]
 KernelBackend = Literal["auto", "reference", "pallas", "pallas_interpret", "triton", "triton_interpret"]
 
 
-def _require(holds: bool, message: str) -> None:
+def require(holds: bool, message: str) -> None:
     if not holds:
         raise JetSpecError(message)
 
@@ -30,7 +30,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _make_plain(config: Any) -> None:
+def make_plain(config: Any) -> None:
     """Turns NumPy numbers into Python's and lists into tuples: configs are hashed, multiplied and written as JSON."""
     for entry in dataclasses.fields(config):
         value = getattr(config, entry.name)
@@ -94,22 +94,22 @@ class TransformerConfig:
     kernels: KernelBackend = "auto"
 
     def __post_init__(self) -> None:
-        _make_plain(self)
+        make_plain(self)
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
                      "head_dim", "shards"):
             value = getattr(self, name)
-            _require(is_integer(value) and value > 0, f"{name} must be a positive integer, not {value!r}")
-        _require(self.num_heads % self.num_kv_heads == 0,
+            require(is_integer(value) and value > 0, f"{name} must be a positive integer, not {value!r}")
+        require(self.num_heads % self.num_kv_heads == 0,
                  f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
-        _require(self.head_dim % 2 == 0, f"head_dim must be even for rotary embeddings, not {self.head_dim}")
+        require(self.head_dim % 2 == 0, f"head_dim must be even for rotary embeddings, not {self.head_dim}")
         for name in ("rope_theta", "rms_norm_eps"):
             value = getattr(self, name)
-            _require(is_number(value) and value > 0, f"{name} must be positive, not {value!r}")
-        _require(self.kernels in get_args(KernelBackend),
+            require(is_number(value) and value > 0, f"{name} must be positive, not {value!r}")
+        require(self.kernels in get_args(KernelBackend),
                  f"kernels {self.kernels!r} is not one of {', '.join(get_args(KernelBackend))}")
         for name in ("dtype", "product_dtype"):
             value = getattr(self, name)
-            _require(value in FLOAT_DTYPES or (name == "product_dtype" and value is None),
+            require(value in FLOAT_DTYPES or (name == "product_dtype" and value is None),
                      f"{name} {value!r} is not one of {', '.join(FLOAT_DTYPES)}")
 
     @property
@@ -127,7 +127,7 @@ class TransformerConfig:
         """
         for name in self.shared:
             size = getattr(self, name)
-            _require(size % shards == 0, f"the {self.kind}'s {name} {size} cannot be split evenly over {shards} "
+            require(size % shards == 0, f"the {self.kind}'s {name} {size} cannot be split evenly over {shards} "
                                          "devices: choose a tensor parallelism that divides it")
         return dataclasses.replace(self, shards=shards, num_heads=self.num_heads // shards,
                                    num_kv_heads=self.num_kv_heads // shards,
@@ -163,18 +163,18 @@ class TargetConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(is_integer(self.max_positions) and self.max_positions > 0,
+        require(is_integer(self.max_positions) and self.max_positions > 0,
                  f"max_positions must be a positive integer, not {self.max_positions!r}")
-        _require(all(is_integer(i) and i >= 0 for i in self.eos_token_ids),
+        require(all(is_integer(i) and i >= 0 for i in self.eos_token_ids),
                  f"eos_token_ids must be token ids, not {self.eos_token_ids!r}")
         for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
             value, least = getattr(self, name), 1 if self.num_experts else 0
-            _require(is_integer(value) and value >= least,
+            require(is_integer(value) and value >= least,
                      f"{name} must be an integer of at least {least}, not {value!r}")
-        _require(self.num_experts_per_tok <= self.num_experts,
+        require(self.num_experts_per_tok <= self.num_experts,
                  f"num_experts_per_tok {self.num_experts_per_tok} is more than num_experts {self.num_experts}")
         bad = [i for i in self.dense_layers if not is_integer(i) or not 0 <= i < self.num_layers]
-        _require(not bad, f"dense_layers {bad} lie outside the layers 0..{self.num_layers - 1}")
+        require(not bad, f"dense_layers {bad} lie outside the layers 0..{self.num_layers - 1}")
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer's MLP is a mixture of experts."""
@@ -199,18 +199,18 @@ class DrafterConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(is_integer(self.block_size) and 2 <= self.block_size <= 256,
+        require(is_integer(self.block_size) and 2 <= self.block_size <= 256,
                  f"block_size must be an integer from 2 to 256, not {self.block_size!r}")
-        _require(len(self.target_layer_ids) > 0, "target_layer_ids is empty: the head needs at least one tapped layer")
+        require(len(self.target_layer_ids) > 0, "target_layer_ids is empty: the head needs at least one tapped layer")
         bad = [i for i in self.target_layer_ids if not is_integer(i) or not 0 <= i < self.num_target_layers]
-        _require(not bad, f"target_layer_ids {bad} lie outside the target's layers 0..{self.num_target_layers - 1}")
+        require(not bad, f"target_layer_ids {bad} lie outside the target's layers 0..{self.num_target_layers - 1}")
 
     def check_fits(self, target: TargetConfig) -> None:
         """Raises JetSpecError if this head was made for another target than `target`."""
         for what, mine, theirs in (("hidden size", self.hidden_size, target.hidden_size),
                                    ("number of target layers", self.num_target_layers, target.num_layers),
                                    ("vocabulary", self.vocab_size, target.vocab_size)):
-            _require(mine == theirs, f"the head does not fit the target: its {what} is {mine}, the target's {theirs}; "
+            require(mine == theirs, f"the head does not fit the target: its {what} is {mine}, the target's {theirs}; "
                                      "use the head that was trained for this target")
 
 
@@ -228,7 +228,7 @@ class HeadConfig(DrafterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(is_integer(self.mask_token_id) and 0 <= self.mask_token_id < self.vocab_size,
+        require(is_integer(self.mask_token_id) and 0 <= self.mask_token_id < self.vocab_size,
                  f"mask_token_id {self.mask_token_id!r} lies outside the vocabulary of {self.vocab_size}")
 
 
@@ -252,12 +252,12 @@ class TreeConfig:
     budget: int = 64
 
     def __post_init__(self) -> None:
-        _make_plain(self)
-        _require(self.builder in get_args(Builder),
+        make_plain(self)
+        require(self.builder in get_args(Builder),
                  f"tree builder {self.builder!r} is not one of {', '.join(get_args(Builder))}")
-        _require(is_integer(self.width) and 1 <= self.width <= MAX_TREE_WIDTH,
+        require(is_integer(self.width) and 1 <= self.width <= MAX_TREE_WIDTH,
                  f"tree width must be an integer from 1 to {MAX_TREE_WIDTH}, not {self.width!r}")
-        _require(is_integer(self.budget) and 1 <= self.budget <= MAX_TREE_BUDGET,
+        require(is_integer(self.budget) and 1 <= self.budget <= MAX_TREE_BUDGET,
                  f"tree budget must be an integer from 1 to {MAX_TREE_BUDGET}, not {self.budget!r}")
 
 
@@ -274,10 +274,10 @@ class PromptLookup:
     length: int = 7
 
     def __post_init__(self) -> None:
-        _make_plain(self)
-        _require(is_integer(self.ngram) and 1 <= self.ngram <= 16,
+        make_plain(self)
+        require(is_integer(self.ngram) and 1 <= self.ngram <= 16,
                  f"ngram must be an integer from 1 to 16, not {self.ngram!r}")
-        _require(is_integer(self.length) and 1 <= self.length < MAX_TREE_BUDGET,
+        require(is_integer(self.length) and 1 <= self.length < MAX_TREE_BUDGET,
                  f"length must be an integer from 1 to {MAX_TREE_BUDGET - 1}, not {self.length!r}")
 
 
@@ -297,14 +297,14 @@ class SamplingParams:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        _make_plain(self)
-        _require(is_number(self.temperature) and 0 <= self.temperature <= 100,
+        make_plain(self)
+        require(is_number(self.temperature) and 0 <= self.temperature <= 100,
                  f"temperature must be a number from 0 to 100, not {self.temperature!r}")
-        _require(self.temperature == 0 or self.temperature >= 1e-3,
+        require(self.temperature == 0 or self.temperature >= 1e-3,
                  f"temperature {self.temperature!r} is too small to divide by: use 0 for greedy decoding")
-        _require(self.top_k is None or (is_integer(self.top_k) and self.top_k >= 1),
+        require(self.top_k is None or (is_integer(self.top_k) and self.top_k >= 1),
                  f"top_k must be an integer of at least 1, or None, not {self.top_k!r}")
-        _require(self.top_p is None or (is_number(self.top_p) and 0 < self.top_p <= 1),
+        require(self.top_p is None or (is_number(self.top_p) and 0 < self.top_p <= 1),
                  f"top_p must be above 0 and at most 1, or None, not {self.top_p!r}")
 
 

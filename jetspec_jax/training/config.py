@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from jetspec_jax.config import _make_plain, _require, is_integer, is_number
+from jetspec_jax.config import is_integer, is_number, make_plain, require
 
 Loss = Literal["forward_kl", "hard_label"]
 
@@ -56,22 +56,22 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _make_plain(self)
+        make_plain(self)
         for name in ("steps", "row_tokens", "rows", "accumulate", "anchors", "loss_chunk"):
             value = getattr(self, name)
-            _require(is_integer(value) and value >= 1, f"{name} must be an integer of at least 1, not {value!r}")
-        _require(self.slots is None or (is_integer(self.slots) and self.slots >= 2),
+            require(is_integer(value) and value >= 1, f"{name} must be an integer of at least 1, not {value!r}")
+        require(self.slots is None or (is_integer(self.slots) and self.slots >= 2),
                  f"slots must be an integer of at least 2, or None, not {self.slots!r}")
-        _require(self.vocab_subset is None or (is_integer(self.vocab_subset) and self.vocab_subset >= 2),
+        require(self.vocab_subset is None or (is_integer(self.vocab_subset) and self.vocab_subset >= 2),
                  f"vocab_subset must be an integer of at least 2, or None, not {self.vocab_subset!r}")
-        _require(self.loss in get_args(Loss), f"loss {self.loss!r} is not one of {', '.join(get_args(Loss))}")
+        require(self.loss in get_args(Loss), f"loss {self.loss!r} is not one of {', '.join(get_args(Loss))}")
         for name, low, high in (("gamma", 0, 1e6), ("warmup", 0, 1), ("final_rate", 0, 1), ("beta1", 0, 1),
                                 ("beta2", 0, 1), ("weight_decay", 0, 10), ("clip", 0, 1e6), ("learning_rate", 0, 10)):
             value = getattr(self, name)
-            _require(is_number(value) and low <= value <= high,
+            require(is_number(value) and low <= value <= high,
                      f"{name} must be a number from {low} to {high:g}, not {value!r}")
-        _require(self.clip > 0, "clip must be above 0")
-        _require(self.product_dtype in (None, "bfloat16", "float32"),
+        require(self.clip > 0, "clip must be above 0")
+        require(self.product_dtype in (None, "bfloat16", "float32"),
                  f"product_dtype {self.product_dtype!r} is not bfloat16, float32 or None")
-        _require(is_integer(self.seed) and 0 <= self.seed < 2**32,
+        require(is_integer(self.seed) and 0 <= self.seed < 2**32,
                  f"seed must be an integer from 0 to 2**32 - 1, not {self.seed!r}")
