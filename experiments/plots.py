@@ -9,12 +9,14 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a panel; `marker` as matplotlib has it, "" for none."""
+    """One line of a panel; marker, style and colour as matplotlib names them."""
 
     label: str
     x: Sequence[float | str]
     y: Sequence[float]
     marker: str = "o"
+    style: str = "-"
+    color: str | None = None
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,15 @@ def save_plot(file: Path, panels: Sequence[Sequence[Panel]], title: str = "") ->
     for row, across in zip(axes, panels, strict=True):
         for axis, panel in zip(row, across, strict=True):
             for line in panel.lines:
-                axis.plot(line.x, line.y, marker=line.marker, label=line.label)
-            axis.set(xlabel=panel.x_label, ylabel=panel.y_label, title=panel.title,
-                     xscale="log" if panel.log_x else axis.get_xscale())
+                axis.plot(line.x, line.y, marker=line.marker, linestyle=line.style, color=line.color, label=line.label)
+            axis.set(xlabel=panel.x_label, ylabel=panel.y_label, title=panel.title)
+            if panel.log_x:
+                axis.set_xscale("log", base=2)
+                axis.xaxis.set_major_formatter("{x:g}")
             if panel.lines:
                 axis.legend(fontsize="small")
     figure.suptitle(title)
-    figure.savefig(file, dpi=110)
+    beside = file.with_name(f".{file.name}")  # no half of a picture is ever there
+    figure.savefig(beside, dpi=110)
     plt.close(figure)
+    beside.rename(file)

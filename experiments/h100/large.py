@@ -7,8 +7,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from experiments.common import write_text
 from experiments.h100.plan import plan, setup_for
-from experiments.h100.sweep import fill, write_beside
+from experiments.h100.sweep import fill
 from jetspec_jax import JetSpecError, TreeConfig
 
 CASES = (("qwen3-32b", 2), ("qwen3-32b", 4), ("qwen3-32b", 8), ("qwen3-30b-a3b", 1), ("qwen3-30b-a3b", 2))
@@ -24,7 +25,7 @@ def sweep_large(folder: Path) -> None:
     rows = []
     for name, devices in tqdm(CASES):
         rows.append(large_row(name, devices, plan(setup_for(name, TreeConfig(budget=BUDGET), 1, CONTEXT, devices))))
-    write_beside(page, fill(page.read_text(), "large", "\n".join([*HEADER, *rows])))
+    write_text(page, fill(page.read_text(), "large", "\n".join([*HEADER, *rows])))
 
 
 HEADER = ("| model | GPUs | GB a GPU | launches | collectives | sent, MB | links, ms | experts, GB | floor, ms | "

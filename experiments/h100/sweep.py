@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from tqdm import tqdm
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
+from experiments.common import write_text
 from experiments.h100.plan import (
     DEVICE_BYTES,
     compile_prefill,
@@ -25,6 +21,7 @@ from experiments.h100.plan import (
     setup_for,
 )
 from experiments.h100.report import describe
+from experiments.plots import Line, Panel, save_plot
 from jetspec_jax import JetSpecError, SamplingParams, TreeConfig
 
 MODELS = ("qwen3-0.6b", "qwen3-8b", "qwen3-32b")
@@ -41,14 +38,14 @@ def sweep(folder: Path) -> None:
     name, budget, context = EXAMPLE
     setup = setup_for(name, TreeConfig(budget=budget), 1, context)
     account = "```\n" + describe(name, setup, plan(setup, temperature=0.8)) + "\n```"
-    write_beside(page, fill(page.read_text(), "account", account))
+    write_text(page, fill(page.read_text(), "account", account))
     rows = []
     for name in MODELS:
         for context in CONTEXTS:
             rows += sweep_context(name, context)
         # Each model takes minutes: what is there is written.
-        write_beside(folder / "h100.json", json.dumps(rows, indent=1) + "\n")
-        write_beside(page, fill(page.read_text(), "table", table(rows)))
+        write_text(folder / "h100.json", json.dumps(rows, indent=1) + "\n")
+        write_text(page, fill(page.read_text(), "table", table(rows)))
         plot(rows, folder / "h100.png")
 
 
@@ -93,30 +90,16 @@ def fill(text: str, mark: str, content: str) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time of a round against its budget; a panel per model, a colour per context."""
-    names = list(dict.fromkeys(r["model"] for r in rows))
-    figure, ((*panels,),) = plt.subplots(1, len(names), figsize=(10, 3.2), layout="constrained", squeeze=False)
-    for panel, name in zip(panels, names, strict=True):
+    """Time of a round against its budget; a panel per model."""
+    panels = []
+    for name in dict.fromkeys(r["model"] for r in rows):
+        lines = []
         for color, context in zip(("C0", "C1", "C2"), CONTEXTS, strict=True):
-            line = [r for r in rows if r["model"] == name and r["context"] == context]
-            budgets = [r["budget"] for r in line]
-            panel.plot(budgets, [r["estimate_seconds"] * 1e3 for r in line], color=color, marker="o", markersize=3,
-                       label=f"context {context}")
-            panel.plot(budgets, [r["floor_seconds"] * 1e3 for r in line], color=color, linestyle="--")
-            panel.plot(budgets, [r["plain_seconds"] * 1e3 for r in line], color=color, linestyle=":")
-        panel.set(title=name, xscale="log", xticks=BUDGETS, xticklabels=BUDGETS, xlabel="budget, nodes",
-                  ylim=(0, 1.5 * panel.get_ylim()[1]))  # room for the legend
-        panel.minorticks_off()
-    panels[0].set_ylabel("ms a round")
-    panels[0].legend(fontsize=7, title="line: estimate, dashed: floor,\ndotted: plain decoding", title_fontsize=7)
-    beside = path.with_name("." + path.name)
-    figure.savefig(beside, dpi=90)
-    plt.close(figure)
-    os.replace(beside, path)
-
-
-def write_beside(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(text)
-    os.replace(beside, path)
+            found = [r for r in rows if r["model"] == name and r["context"] == context]
+            lines += [Line(f"{what}, {context} tokens", [r["budget"] for r in found],
+                           [r[field] * 1e3 for r in found], marker, style, color)
+                      for what, field, marker, style in (
+                          ("estimate", "estimate_seconds", "o", "-"), ("floor", "floor_seconds", "", "--"),
+                          ("plain", "plain_seconds", "", ":"))]
+        panels.append(Panel("budget, nodes", "ms a round", lines, title=name, log_x=True))
+    save_plot(path, [panels])
