@@ -49,8 +49,8 @@ def random_case(seed, experts=False):
             "eos": tuple(rng.choice(target.vocab_size, rng.integers(0, 3), replace=False).tolist())}
 
 
-@pytest.mark.parametrize(("seed", "experts"), [*((seed, False) for seed in range(30)),
-                                               *((seed, True) for seed in range(30, 38))])
+@pytest.mark.parametrize(("seed", "experts"), [*((seed, False) for seed in range(22)),
+                                               *((seed, True) for seed in range(30, 36))])
 def test_random_models_trees_and_batches(seed, experts):
     case = random_case(seed, experts)
     sampling = SamplingParams() if seed % 4 else SamplingParams(0.9, top_k=None if seed % 8 else 4,
