@@ -89,6 +89,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="of every measurement (default %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="a tiny model with interpreted kernels, on any machine")
     args = parser.parse_args()
+    if args.repeats < 1 or (args.context is not None and args.context < 1):
+        raise JetSpecError(f"--repeats and --context must be at least 1, not {args.repeats} and {args.context}")
     if not args.tiny and jax.default_backend() != "gpu":
         raise JetSpecError("no NVIDIA GPU is visible to JAX (pip install -e '.[gpu,test]'); --tiny checks the script "
                            "without one")
