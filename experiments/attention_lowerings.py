@@ -1,8 +1,8 @@
-#!/usr/bin/env python3
 """The tree attention of Qwen3-8B compiled for an H100 in its two lowerings, Pallas and plain Triton, side by side.
 
-Needs no GPU, but jax 0.10.2 with its CUDA plugin, jax-triton and triton (extra `gpu`). Registers and spills are what
-`ptxas -v` says of the kernel's PTX.
+    python experiments/attention_lowerings.py --queries 1 16 64 256
+
+Needs no GPU, but the extra `plan`. Registers and spills are what `ptxas -v` says of the kernel's PTX.
 """
 
 from __future__ import annotations
@@ -12,37 +12,42 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 os.environ["JAX_TRITON_DUMP_DIR"] = tempfile.mkdtemp(prefix="jax_triton_")  # read when jax-triton is imported
-os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # there is no driver whose version could be checked
 
 import jax
 import jax.numpy as jnp
-import triton as triton_package
 from jax import Array
-from jax.experimental import topologies
 
-from jetspec_jax.config import PRESETS
-from pallas_kernels.tree_attention import pallas, triton
+from experiments.common import run_main
+from experiments.h100.compile import on_h100, require_plugin
+from experiments.h100.kernels import assemble
+from jetspec_jax import JetSpecError
+from jetspec_jax.config import PRESETS, KernelBackend
+from jetspec_jax.kernels import tree_attention
 
 DUMPS = Path(os.environ["JAX_TRITON_DUMP_DIR"])
-H100 = Path(__file__).with_name("h100") / "h100_sxm.txtpb"
-# The newest of the wheel's assemblers; it knows the H100 as well.
-PTXAS = Path(triton_package.__file__).parent / "backends/nvidia/bin/ptxas-blackwell"
-LOWERINGS: dict[str, Callable[..., Array]] = {"pallas": pallas.tree_attention, "triton": triton.tree_attention}
+LOWERINGS: tuple[KernelBackend, ...] = ("pallas", "triton")
 SLOTS = 4352
 
 
-def main(queries: list[int], as_json: bool) -> None:
-    found = [{"queries": n, "lowering": name, **examine(kernel, n)} for n in queries
-             for name, kernel in LOWERINGS.items()]
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--queries", type=int, nargs="+", default=[1, 64, 256], help="default %(default)s")
+    parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
+    args = parser.parse_args()
+    if min(args.queries) < 1:
+        raise JetSpecError(f"--queries must be at least 1, not {min(args.queries)}")
+    require_plugin()
+    kernels = {name: tree_attention(name) for name in LOWERINGS}
+    found = [{"queries": n, "lowering": name, **examine(kernel, n)} for n in args.queries
+             for name, kernel in kernels.items()]
     shutil.rmtree(DUMPS)
-    if as_json:
+    if args.json:
         print(json.dumps(found))
         return
     print("| queries | lowering | launches | kernel | registers | bytes spilled | shared KB | wgmma | serialized |")
@@ -57,16 +62,13 @@ def main(queries: list[int], as_json: bool) -> None:
 def arguments(queries: int) -> list[jax.ShapeDtypeStruct]:
     """Abstract inputs of one layer at batch 1, on an H100."""
     model = PRESETS["qwen3-8b"].target
-    device = topologies.get_topology_desc("", platform="cuda", target_config=H100.read_text(),
-                                          topology="1x1x1").devices[0]
     new = (1, queries, model.num_kv_heads, model.head_dim)
     cache = (model.num_layers, 1, model.num_kv_heads, SLOTS, model.head_dim)
     shapes: list[tuple[tuple[int, ...], Any]] = [
         ((1, queries, model.num_heads, model.head_dim), jnp.bfloat16), (new, jnp.bfloat16), (new, jnp.bfloat16),
         ((1, queries, -(-queries // 32)), jnp.uint32), (cache, jnp.bfloat16), (cache, jnp.bfloat16), ((), jnp.int32),
         ((1,), jnp.int32)]
-    return [jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.SingleDeviceSharding(device))
-            for shape, dtype in shapes]
+    return list(on_h100([jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]))
 
 
 def examine(kernel: Callable[..., Array], queries: int) -> dict[str, Any]:
@@ -87,28 +89,21 @@ def by_pallas(folder: Path, launches: str) -> Iterable[dict[str, Any]]:
     for ptx in (path.read_text() for path in folder.glob("*.ptx")):
         for name in re.findall(r"\.entry (tree_attention\w*)", ptx):
             shared = re.search(rf" {name} grid.*shared_memory: (\d+)", launches)
-            yield assemble(name, ptx, int(shared.group(1)) if shared else 0)
+            yield describe(name, ptx, int(shared.group(1)) if shared else 0)
 
 
 def by_triton(dumped: set[Path]) -> Iterable[dict[str, Any]]:
     """jax-triton compiles while it lowers, and XLA sees a finished kernel."""
     for path in dumped:
         shared = re.search(r"shared_mem_bytes: (\d+)", path.with_suffix(".compile_info").read_text())
-        yield assemble(path.stem, path.read_text(), int(shared.group(1)) if shared else 0)
+        yield describe(path.stem, path.read_text(), int(shared.group(1)) if shared else 0)
 
 
-def assemble(name: str, ptx: str, shared_bytes: int) -> dict[str, Any]:
-    done = subprocess.run([PTXAS, "-arch=sm_90a", "-v", "-", "-o", os.devnull], input=ptx, text=True,
-                          capture_output=True, check=True)
-    report = done.stdout + done.stderr
-    return {"name": name, "registers": max(map(int, re.findall(r"Used (\d+) registers", report))),
-            "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", report))), "shared_bytes": shared_bytes,
-            "wgmma": ptx.count("wgmma.mma_async"),
-            "serialized": "wgmma.mma_async instructions are serialized" in report}
+def describe(name: str, ptx: str, shared_bytes: int) -> dict[str, Any]:
+    found = assemble(name, ptx)
+    return {"name": name, "registers": found.registers, "spill_bytes": found.spill_bytes, "shared_bytes": shared_bytes,
+            "wgmma": found.wgmma, "serialized": found.wgmma_serialized}
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--queries", type=int, nargs="+", default=[1, 64, 256])
-    parser.add_argument("--json", dest="as_json", action="store_true", help="one JSON list instead of a table")
-    main(**vars(parser.parse_args()))
+    run_main(main)

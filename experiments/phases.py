@@ -28,6 +28,7 @@ from jetspec_jax.decode import (
 from jetspec_jax.draft import Drafter, HeadDrafter, anchor_of
 from jetspec_jax.generate import bucket
 from jetspec_jax.pair import Pair
+from jetspec_jax.programs import compiler_options
 from jetspec_jax.sampling import Sampler
 
 ROUNDS = 8  # of the whole program, per measurement
@@ -45,6 +46,12 @@ def ready_state(pair: Pair, decoder: Decoder, sampling: SamplingParams, context:
                   jnp.full((1,), slots - decoder.drafter.max_path, jnp.int32), keys)
 
 
+def compiled(function: Callable[..., Any], **how: Any) -> Callable[..., Any]:
+    """A jitted function, compiled as `generate` compiles its programs."""
+    jitted: Callable[..., Any] = jax.jit(function, compiler_options=compiler_options(), **how)
+    return jitted
+
+
 def phases_of_a_round(pair: Pair, drafter: HeadDrafter, state: DecodeState) -> dict[str, Callable[[], Any]]:
     """The parts of `decode_round`, each compiled alone, with real inputs; and the whole of it."""
     decoder, params = Decoder(pair.target_config, drafter), pair.params
@@ -56,14 +63,14 @@ def phases_of_a_round(pair: Pair, drafter: HeadDrafter, state: DecodeState) -> d
                 drafter.observe(draft, out.tapped, path.nodes, path.count), record(state, path, path.count, sizes))
 
     # Everything that varies from round to round is an operand: a constant would be folded.
-    forward = jax.jit(lambda p, s, *at: drafter.draft_logits(p, s.drafter, *at))
-    keep = jax.jit(lambda cache, k, v, count, anchor, position: cache.commit(k, v, position - count, count, anchor),
+    forward = compiled(lambda p, s, *at: drafter.draft_logits(p, s.drafter, *at))
+    keep = compiled(lambda cache, k, v, count, anchor, position: cache.commit(k, v, position - count, count, anchor),
                    donate_argnums=0)
-    grow = jax.jit(drafter.grow)
-    verify = jax.jit(lambda p, s, tree, position: run_target(decoder, p, s.cache, tree, position))
-    decide = jax.jit(lambda s, tree, logits, position: judge(decoder, s, tree, logits, position))
-    end = jax.jit(finish, donate_argnums=(0, 1))
-    whole = jax.jit(run_rounds, static_argnums=0, donate_argnums=2)
+    grow = compiled(drafter.grow)
+    verify = compiled(lambda p, s, tree, position: run_target(decoder, p, s.cache, tree, position))
+    decide = compiled(lambda s, tree, logits, position: judge(decoder, s, tree, logits, position))
+    end = compiled(finish, donate_argnums=(0, 1))
+    whole = compiled(run_rounds, static_argnums=0, donate_argnums=2)
 
     logits, k, v = forward(params, state, anchor, position)
     tree = grow(anchor, logits)
@@ -121,9 +128,9 @@ def shares(pair: Pair, drafter: Drafter, state: DecodeState, repeats: int) -> di
 def phases_of_any_round(pair: Pair, drafter: Drafter, state: DecodeState) -> dict[str, Callable[[], Any]]:
     """The phases of a drafter that makes its tree while it drafts."""
     decoder, params, position = Decoder(pair.target_config, drafter), pair.params, state.length - 1
-    propose = jax.jit(lambda p, s, position: drafter.propose(p, s.drafter, s.tokens, position)[0])
-    verify = jax.jit(lambda p, s, tree, position: run_target(decoder, p, s.cache, tree, position))
-    decide = jax.jit(lambda s, tree, logits, position: judge(decoder, s, tree, logits, position))
+    propose = compiled(lambda p, s, position: drafter.propose(p, s.drafter, s.tokens, position)[0])
+    verify = compiled(lambda p, s, tree, position: run_target(decoder, p, s.cache, tree, position))
+    decide = compiled(lambda s, tree, logits, position: judge(decoder, s, tree, logits, position))
     tree = propose(params, state, position)
     _, verdicts = verify(params, state, tree, position)
     return {"draft": lambda: propose(params, state, position), "verify": lambda: verify(params, state, tree, position),

@@ -61,21 +61,36 @@ def kernels_of(launches: list[Launch], ptx: dict[str, str]) -> list[Kernel]:
     missing = [name for name in ours if name not in ptx]
     if missing:
         raise JetSpecError(f"XLA wrote no code down for {', '.join(missing)}: use jax 0.10.2 or 0.11")
-    return [assemble(name, ptx[name], same) for name, same in ours.items()]
+    return [kernel_of(name, assemble(name, ptx[name]), same) for name, same in ours.items()]
 
 
-def assemble(name: str, ptx: str, launches: list[Launch]) -> Kernel:
+@dataclass(frozen=True)
+class Assembled:
+    """What ptxas says of one kernel; fields as in `Kernel`, shared memory only as far as the code fixes it."""
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    wgmma: int
+    wgmma_serialized: bool
+
+
+def assemble(name: str, ptx: str) -> Assembled:
     """Runs ptxas on one kernel and reads its report."""
     done = subprocess.run([find_ptxas(), "-arch=sm_90a", "-v", "-", "-o", "/dev/null"], input=ptx, text=True,
                           capture_output=True)
     if done.returncode:
         raise JetSpecError(f"ptxas does not take kernel {name}: {done.stderr.strip().splitlines()[-1]}")
     report = done.stderr + done.stdout
-    registers, spills, static = read_report(report)
-    return Kernel(name=name, registers=registers, spill_bytes=spills,
-                  shared_bytes=static + max(launch.shared_bytes for launch in launches),
-                  wgmma=ptx.count("wgmma.mma_async"),
-                  wgmma_serialized="wgmma.mma_async instructions are serialized" in report,
+    return Assembled(*read_report(report), ptx.count("wgmma.mma_async"),
+                     "wgmma.mma_async instructions are serialized" in report)
+
+
+def kernel_of(name: str, found: Assembled, launches: list[Launch]) -> Kernel:
+    """A kernel with what its launches add."""
+    return Kernel(name=name, registers=found.registers, spill_bytes=found.spill_bytes,
+                  shared_bytes=found.shared_bytes + max(launch.shared_bytes for launch in launches),
+                  wgmma=found.wgmma, wgmma_serialized=found.wgmma_serialized,
                   blocks=max(launch.blocks for launch in launches),
                   launches=sum(launch.times for launch in launches))
 
