@@ -18,13 +18,18 @@ from jetspec_jax.pretrained import cache_folder
 from jetspec_jax.sharding import connect, make_mesh
 
 
-def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which target, which head, which dtype."""
+def add_target_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which target, which dtype."""
     parser.add_argument("--model", default="smollm2-135m", metavar="NAME|PATH",
                         help=f"target: {', '.join(PRESETS)}; a converted or Hugging Face folder; a hub id "
                              "(default %(default)s)")
-    parser.add_argument("--head", metavar="NAME|PATH", help="draft head: folder or hub id (default: the preset's)")
     parser.add_argument("--dtype", choices=FLOAT_DTYPES, help="default: the stored one, float32 on a CPU")
+
+
+def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which target, which head, which dtype."""
+    add_target_arguments(parser)
+    parser.add_argument("--head", metavar="NAME|PATH", help="draft head: folder or hub id (default: the preset's)")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

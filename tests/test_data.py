@@ -8,12 +8,13 @@ import json
 import random
 import re
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from experiments import generate_data, train_head
+from experiments import generate_data, train_head, write_prompts
 from jetspec_jax import JetSpecError, SamplingParams, TreeConfig, load_pretrained, suites
 from jetspec_jax.generate import generate
 from jetspec_jax.training import prompts as sources
@@ -21,7 +22,7 @@ from jetspec_jax.training.dataset import Dataset, DatasetInfo, DatasetWriter
 from jetspec_jax.training.log import read_metrics
 from jetspec_jax.training.prompts import Exclusion, collect_prompts
 from jetspec_jax.training.record import Recording, record_answers
-from jetspec_jax.training.templates import CODING, PROBLEMS, WORDS, fill
+from jetspec_jax.training.templates import CODING, PROBLEMS, STORY_OPENINGS, WORDS, fill
 from jetspec_jax.wheels import WheelFile
 from tests.models import DATA
 
@@ -108,7 +109,7 @@ def test_prompts_of_sources(fake_suites, tmp_path):
 
 def test_templates_are_filled():
     rng = random.Random(0)
-    for template in (*PROBLEMS, *CODING):
+    for template in (*PROBLEMS, *CODING, *STORY_OPENINGS):
         text = fill(template, rng)
         assert not re.search(r"\{(n:|[a-z]+(\.[a-z])?\})", text), text
         names = [name for name in WORDS["name"] if re.search(rf"\b{name}\b", text)]
@@ -223,6 +224,40 @@ def test_a_head_is_trained_from_the_command_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(JetSpecError, match="--mask-token-id is needed"):
         run_script(train_head, monkeypatch, "--dataset", tmp_path / "d", "--model", target, "--steps", 1, "--out",
                    tmp_path / "x")
+
+
+def test_prompts_that_the_target_writes(fake_suites, tmp_path, monkeypatch, capsys):
+    """Only finished, new turns of some words that are no benchmark's; then they are a source like any other."""
+    turns = ["Tell me about rivers.", QUESTION, "Why so?", "Tell me about rivers.", None, "Name three large lakes."]
+    asked = []
+
+    def stream(pair, prompts, **options):
+        asked.append((prompts, options["seed"]))
+        for i in range(len(prompts)):
+            turn = turns[(i + len(asked) - 1) % len(turns)]
+            reason = "length" if turn is None else "stop"
+            yield SimpleNamespace(index=i, result=None)
+            yield SimpleNamespace(index=i, result=SimpleNamespace(text=f" {turn}\n", finish_reason=reason))
+
+    monkeypatch.setattr(write_prompts, "stream", stream)
+    monkeypatch.setattr(write_prompts, "load_pretrained", lambda *_, **__: SimpleNamespace(
+        chat=lambda message: f"<user>{message}</user><answer>"))
+    run_script(write_prompts, monkeypatch, "--out", tmp_path / "own.jsonl", "--count", 2)
+    found = [json.loads(line) for line in (tmp_path / "own.jsonl").read_text().splitlines()]
+    assert found == [{"prompt": "Tell me about rivers."}, {"prompt": "Name three large lakes."}]
+    assert all(prompt == "<user>" for prompts, _ in asked for prompt in prompts)
+    assert len({seed for _, seed in asked}) == len(asked) > 1
+
+    run_script(write_prompts, monkeypatch, "--out", tmp_path / "stories.jsonl", "--count", 2, "--stories")
+    stories = [json.loads(line)["prompt"] for line in (tmp_path / "stories.jsonl").read_text().splitlines()]
+    assert not {"Tell me about rivers.", "Name three large lakes."} & set(stories)  # each goes on from an opening
+    assert all(len(prompt) > len("<user>") for prompt in asked[-1][0])
+    turns[:] = [None]
+    with pytest.raises(JetSpecError, match="only 0 of 3 prompts"):
+        run_script(write_prompts, monkeypatch, "--out", tmp_path / "none.jsonl", "--count", 3)
+    assert not (tmp_path / "none.jsonl").exists()
+    with pytest.raises(JetSpecError, match="again and again"):
+        run_script(write_prompts, monkeypatch, "--out", tmp_path / "x", "--count", 3, "--temperature", 0)
 
 
 def test_mixtures():

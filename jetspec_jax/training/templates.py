@@ -120,6 +120,17 @@ PROBLEMS: tuple[str, ...] = (
     "Find the slope of the line through the points ({n:0-9}, {n:0-9}) and ({n:10-19}, {n:0-19}).",
 )
 
+STORY_OPENINGS: tuple[str, ...] = (  # the target writes the rest
+    "{name} has {n:2-90} {item}", "{name} buys {n:2-20} {item}", "{name} and {name.b} ", "{name} is {n:5-40} years old",
+    "There are {n:3-90} {item} in ", "There are {n:10-60} students in ", "A {vehicle} ", "A farmer has {n:5-90} {animal}",
+    "{name} earns ${n:8-40} ", "{name} wants to buy ", "A {food} recipe ", "A {container} of {item} costs ",
+    "Each {container} holds {n:3-40} ", "{name} sold {n:5-90} ", "On {day}, {name} ", "Every {day}, {name} ",
+    "If {n:2-12} {item} cost ${n:3-60}", "{name} spends {n:2-9} hours ", "{name}'s mother ", "{name} is {job} ",
+    "A company ", "A school ", "A store sells ", "How many ", "{name} needs {n:3-30} ", "In a town of {n:100-900} people, ",
+    "{name} runs {n:2-12} miles ", "{name} reads {n:5-60} pages ", "The price of ", "Half of the {animal} ",
+    "Twice as many {item} ", "{name} saved ${n:10-400} ", "{name} baked {n:6-90} ", "After {n:2-9} weeks, {name} ",
+)
+
 CODING: tuple[str, ...] = (
     "Write a Python function that checks whether {thing} {verdict}.",
     "Write a Python function that takes {thing} and returns {quantity}.",

@@ -1,0 +1,92 @@
+"""Lets the target write training prompts itself: it goes on where the chat template opens the user's turn.
+
+    python experiments/write_prompts.py --out data/own.jsonl --count 1500
+    python experiments/write_prompts.py --out data/stories.jsonl --count 1500 --stories
+    python experiments/generate_data.py --out data/more --source data/own.jsonl=1500 --source data/stories.jsonl=1500
+
+More varied than templates, and of the kind that the target was tuned on. Prompts of the benchmark suites are excluded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from experiments.common import add_compile_cache, add_target_arguments, run_main, write_text
+from jetspec_jax import JetSpecError, Pair, SamplingParams, load_pretrained
+from jetspec_jax.generate import stream
+from jetspec_jax.pretrained import cache_folder
+from jetspec_jax.training.prompts import Exclusion, suite_exclusion
+from jetspec_jax.training.templates import STORY_OPENINGS, fill
+
+MIN_WORDS = 4
+MAX_WAVES = 20  # of as many attempts as prompts are missing
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    for option in ("count", "max_tokens", "batch_size"):
+        if getattr(args, option) < 1:
+            raise JetSpecError(f"--{option.replace('_', '-')} must be at least 1, not {getattr(args, option)}")
+    sampling = SamplingParams(args.temperature, None, args.top_p)
+    if not args.temperature:
+        raise JetSpecError("--temperature 0 would write one prompt again and again")
+    exclusion = suite_exclusion(cache_folder() / "sources")
+    add_compile_cache()
+    pair = load_pretrained(args.model, None, dtype=args.dtype)
+    rng = random.Random(args.seed)
+    prompts: dict[str, None] = {}
+    with tqdm(total=args.count, unit="prompt") as bar:
+        for wave in range(MAX_WAVES):
+            missing = args.count - len(prompts)
+            openings = [fill(rng.choice(STORY_OPENINGS), rng) if args.stories else "" for _ in range(missing)]
+            written = user_turns(pair, openings, sampling, args.seed + wave, args.max_tokens, args.batch_size)
+            for turn in suitable(written, exclusion):
+                prompts.setdefault(turn)
+                bar.update(len(prompts) - bar.n)
+            if len(prompts) == args.count:
+                break
+        else:
+            raise JetSpecError(f"only {len(prompts)} of {args.count} prompts were of use: this target seldom ends a "
+                               "user's turn; give a larger --max-tokens, or prompts of your own to generate_data.py")
+    write_text(args.out, "".join(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in prompts))
+    print(f"{len(prompts)} prompts in {args.out}")
+
+
+def user_turns(pair: Pair, openings: list[str], sampling: SamplingParams, seed: int, max_tokens: int,
+               batch_size: int) -> Iterator[str]:
+    """What the target writes as a user after each opening; turns that it did not end are left out."""
+    before = pair.chat("\N{OBJECT REPLACEMENT CHARACTER}").partition("\N{OBJECT REPLACEMENT CHARACTER}")[0]
+    for chunk in stream(pair, [before + opening for opening in openings], tree=None, sampling=sampling, seed=seed,
+                        max_new_tokens=max_tokens, batch_size=min(batch_size, len(openings))):
+        if chunk.result is not None and chunk.result.finish_reason == "stop":
+            yield (openings[chunk.index] + (chunk.result.text or "")).strip()
+
+
+def suitable(turns: Iterable[str], exclusion: Exclusion) -> Iterator[str]:
+    """Turns of some words that are no benchmark's."""
+    return (turn for turn in turns if len(turn.split()) >= MIN_WORDS and not exclusion.matches(turn))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help='lines {"prompt": ...}')
+    parser.add_argument("--count", type=int, required=True, metavar="N", help="how many prompts")
+    parser.add_argument("--stories", action="store_true", help="begin each as an arithmetic story does")
+    add_target_arguments(parser)
+    parser.add_argument("--temperature", type=float, default=1.0, help="default %(default)s")
+    parser.add_argument("--top-p", type=float, default=0.95, help="default %(default)s")
+    parser.add_argument("--max-tokens", type=int, default=120, help="of a prompt; longer ones are dropped (default "
+                                                                    "%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="default %(default)s")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+if __name__ == "__main__":
+    run_main(main)
