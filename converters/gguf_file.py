@@ -36,7 +36,9 @@ class GGUFFile:
             raise JetSpecError(f"{file} is not a sound GGUF file (truncated download?): {error}") from error
         try:
             self.config = self._read_config()
-        except TypeError as error:  # a list or a text where a number belongs
+        except JetSpecError:
+            raise
+        except (TypeError, ValueError, AttributeError) as error:  # a list or a text where a number belongs
             raise JetSpecError(f"{file}: its metadata is not that of a supported model: {error}") from error
         names = {gguf_name(part.name): part.name for slot in target_slots(self.config) for part in slot.parts}
         self._tensors: dict[str, Any] = {}
@@ -100,13 +102,23 @@ class GGUFFile:
         """Writes the tokenizer and chat template as Hugging Face files; a file without a tokenizer writes nothing.
 
         Raises:
-            JetSpecError: a tokenizer that is not byte-level BPE with a known pre-tokenizer.
+            JetSpecError: a tokenizer that is not byte-level BPE with a known pre-tokenizer, or a damaged one.
         """
+        if self._reader.get_field("tokenizer.ggml.model") is None:
+            return
+        try:
+            tokenizer = self._tokenizer()
+        except (JetSpecError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the Rust library panics at a merge of unknown tokens, which is no Exception
+            raise JetSpecError(f"{self.label}: its tokenizer is damaged: {error}") from error
+        tokenizer.save_pretrained(folder)
+
+    def _tokenizer(self) -> Any:
+        """The Hugging Face tokenizer that the metadata describes."""
         from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
-        if self._reader.get_field("tokenizer.ggml.model") is None:
-            return
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
         qwen2 = pre_tokenizers.Split(Regex(QWEN2_PATTERN), behavior="isolated")
         splits: dict[str, list[Any]] = {
@@ -135,4 +147,4 @@ class GGUFFile:
         template = self.field("tokenizer.chat_template", "")
         if template:
             fast.chat_template = template
-        fast.save_pretrained(folder)
+        return fast

@@ -49,13 +49,13 @@ def read_head_config(folder: Path) -> HeadConfig:
     layer_ids = dflash.get("target_layer_ids", list(default_target_layer_ids(target_layers, fields["num_layers"])))
     if not isinstance(layer_ids, list):
         raise JetSpecError(f"{file}: target_layer_ids must be a list, not {layer_ids!r}")
-    flags = {dflash[name] for name in ("causal_head", "causal") if name in dflash} or {False}
-    if len(flags) > 1 or not isinstance(next(iter(flags)), bool):
+    flags = [dflash[name] for name in ("causal_head", "causal") if name in dflash] or [False]
+    if not all(isinstance(flag, bool) for flag in flags) or len(set(flags)) > 1:
         raise JetSpecError(f"{file}: causal_head must be true or false, and agree with causal, where that is given too")
     return HeadConfig(
         **fields, qkv_bias=bias, out_bias=bias, block_size=_get(file, config, "block_size"),
         target_layer_ids=tuple(layer_ids),
-        num_target_layers=target_layers, mask_token_id=_get(file, dflash, "mask_token_id"), causal=flags.pop())
+        num_target_layers=target_layers, mask_token_id=_get(file, dflash, "mask_token_id"), causal=flags[0])
 
 
 def released_head_config(config: HeadConfig) -> dict[str, Any]:
@@ -125,7 +125,10 @@ def _refuse_unknown_features(file: Path, config: dict[str, Any]) -> None:
             raise JetSpecError(f"{file}: {switch} is not supported")
     if config.get("quantization_config"):
         raise JetSpecError(f"{file}: quantised checkpoints must be dequantised first")
-    if "sliding_attention" in (config.get("layer_types") or []):
+    kinds = config.get("layer_types") or []
+    if not isinstance(kinds, list):
+        raise JetSpecError(f"{file}: layer_types must be a list, not {kinds!r}")
+    if "sliding_attention" in kinds:
         raise JetSpecError(f"{file}: sliding attention layers are not supported")
 
 

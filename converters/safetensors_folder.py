@@ -188,7 +188,7 @@ def _read_header(file: Path) -> dict[str, _Entry]:
             dtype, shape, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]
         except (TypeError, KeyError, ValueError) as error:
             raise damaged(f"tensor {name} lacks dtype, shape or data_offsets") from error
-        if dtype not in DTYPES:
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             raise JetSpecError(f"{file}: tensor {name} has dtype {dtype}, supported are {', '.join(DTYPES)}; "
                                "quantised checkpoints must be dequantised first")
         numbers: list[Any] = [*shape, begin, end] if isinstance(shape, list) else [None]

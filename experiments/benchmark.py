@@ -3,8 +3,10 @@
     python experiments/benchmark.py --suite gsm8k --methods jetspec,lookup --budgets 16,64 --limit 8 --json
     python experiments/benchmark.py --suite my.jsonl --methods dflash,ddtree --bidirectional-head runs/dflash/head
 
-Every method decodes the same prompts as plain decoding of the same run, one at a time; tokens that differ from the
-plain ones are counted (`identical`). With --out, results.json, results.md and scaling.png are written there.
+Every method decodes the same prompts as plain decoding of the same run, one at a time and side by side; answers that
+are plain decoding's are counted (`identical`). `share`: phases compiled apart on the same shapes, normalised; accept
+holds the commits, and where tree and draft are one program, draft is both. Peers are other programs on the same
+weights. With --out, results.json, results.md and scaling.png are written there.
 """
 
 from __future__ import annotations
@@ -12,16 +14,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from experiments.common import add_pair_arguments, add_tree_width, load, run_main, tree_of, write_text
+from experiments.common import add_pair_arguments, add_tree_width, check_output, load, run_main, tree_of, write_text
 from experiments.decode import summarize
-from experiments.peers import PEERS, Peer
+from experiments.peers import PEERS, Peer, PeerAnswer
 from experiments.phases import ready_state, shares
 from experiments.plots import Line, Panel, save_plot
 from jetspec_jax import JetSpecError, Pair, PromptLookup, SamplingParams, TreeConfig, load_pretrained
@@ -54,75 +55,76 @@ class Method:
 
     name: str
     budget: int
-    draft: Draft
+    draft: Draft | None
     pair: Pair
 
 
 def main() -> None:
     args = build_parser().parse_args()
     budgets, names = parse_budgets(args.budgets), parse_methods(args.methods)
-    for option in ("limit", "max_new_tokens", "repeats"):
-        if getattr(args, option) < 1:
-            raise JetSpecError(f"--{option.replace('_', '-')} must be at least 1, not {getattr(args, option)}")
+    for option, least in (("limit", 1), ("max_new_tokens", 2), ("repeats", 1)):
+        if getattr(args, option) < least:
+            raise JetSpecError(f"--{option.replace('_', '-')} must be at least {least}, not {getattr(args, option)}")
+    check_output(args.out)
     sampling = SamplingParams(args.temperature)
     suites = {name: pick(suite_messages(name, cache_folder() / "sources"), args.limit) for name in args.suite}
     pair = load(args)
-    methods = [method for name in names if name not in PEERS for method in methods_of(name, budgets, pair, args)]
+    methods = [Method("plain", 1, None, pair)]
+    methods += [method for name in names if name not in PEERS for method in methods_of(name, budgets, pair, args)]
     peers = [PEERS[name](pair) for name in names if name in PEERS]
     if peers and args.temperature:
         raise JetSpecError("transformers draws other random numbers: compare with it at temperature 0")
     rows: list[dict[str, Any]] = []
+    peer_rows: list[dict[str, Any]] = []
     for suite, messages in suites.items():
-        rows += measure_suite(suite, [pair.chat(m) for m in messages], methods, peers, pair, sampling, args)
+        ours, theirs = measure_suite(suite, [pair.chat(m) for m in messages], methods, peers, sampling, args)
+        rows, peer_rows = rows + ours, peer_rows + theirs
         if args.out is not None:
-            write_results(args.out, rows)  # a long run leaves what it has
-    print(markdown(rows))
+            write_results(args.out, rows, peer_rows)  # a long run leaves what it has
+    print(markdown(rows, peer_rows))
     if args.json:
-        print(json.dumps({"rows": rows}))
+        print(json.dumps({"rows": rows, "peers": peer_rows}))
 
 
-def measure_suite(suite: str, prompts: list[str], methods: list[Method], peers: list[Peer], pair: Pair,
-                  sampling: SamplingParams, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One row per method and budget, plain decoding first."""
-    total = len(prompts) * (1 + len(methods) + len(peers))
-    with tqdm(total=total, desc=suite, unit="answer", leave=False) as bar:
+def measure_suite(suite: str, prompts: list[str], methods: list[Method], peers: list[Peer], sampling: SamplingParams,
+                  args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """One row per method and budget, the first of them plain decoding, and one per peer.
 
-        def answers(pair: Pair, draft: Draft | None) -> list[Generation]:
-            out = []
-            for prompt in prompts:
-                out.append(generate(pair, prompt, tree=draft, max_new_tokens=args.max_new_tokens, sampling=sampling,
-                                    seed=args.seed))
+    All answer a prompt before the next one is taken, so that a disturbance of the machine meets all of them.
+    """
+    answers: list[list[Generation]] = [[] for _ in methods]
+    others: list[list[PeerAnswer]] = [[] for _ in peers]
+    with tqdm(total=len(prompts) * (len(methods) + len(peers)), desc=suite, unit="answer", leave=False) as bar:
+        for prompt in prompts:
+            for method, mine in zip(methods, answers, strict=True):
+                mine.append(generate(method.pair, prompt, tree=method.draft, max_new_tokens=args.max_new_tokens,
+                                     sampling=sampling, seed=args.seed))
                 bar.update()
-            return out
-
-        plain = answers(pair, None)
-        base = summarize(plain)["tokens_per_second"]
-
-        def row(name: str, budget: int, found: dict[str, Any], **more: Any) -> dict[str, Any]:
-            return {"suite": suite, "method": name, "budget": budget, "temperature": sampling.temperature,
-                    "prompts": len(prompts), "tokens": found["tokens"], "rounds": found["rounds"],
-                    "accepted_length": found["mean_accept_length"], "tokens_per_second": found["tokens_per_second"],
-                    "speedup": found["tokens_per_second"] / base, **more}
-
-        yield row("plain", 1, summarize(plain), share={"draft": 0.0, "tree": 0.0, "verify": 1.0, "accept": 0.0},
-                  identical=len(prompts))
-        for method in methods:
-            found = answers(method.pair, method.draft)
-            same = sum(a.token_ids == b.token_ids for a, b in zip(found, plain, strict=True))
-            yield row(method.name, method.budget, summarize(found), share=share_of(method, sampling, args.repeats),
-                      identical=same)
-        for peer in peers:
-            found_ids, seconds = [], 0.0
-            for answer, prompt in zip(plain, prompts, strict=True):
-                ids, spent = peer.generate(prompt, len(answer.token_ids))
-                found_ids.append(ids)
-                seconds += spent
+            for peer, theirs in zip(peers, others, strict=True):
+                theirs.append(peer.generate(prompt, len(answers[0][-1].token_ids)))
                 bar.update()
-            tokens = sum(map(len, found_ids))
-            same = sum(ids == answer.token_ids for ids, answer in zip(found_ids, plain, strict=True))
-            # A peer's time holds its prompt too.
-            yield row(peer.name, 0, {"tokens": tokens, "rounds": 0, "mean_accept_length": 0.0,
-                                     "tokens_per_second": tokens / seconds}, share=None, identical=same)
+    plain = answers[0]
+    base = summarize(plain)["tokens_per_second"]
+
+    def row(name: str, tokens_per_second: float, found: list[Any], **more: Any) -> dict[str, Any]:
+        return {"suite": suite, "method": name, "temperature": sampling.temperature, "prompts": len(prompts),
+                "tokens": sum(len(a.token_ids) for a in found), "tokens_per_second": tokens_per_second,
+                "speedup": tokens_per_second / base if base else None,
+                "identical": sum(a.token_ids == b.token_ids for a, b in zip(found, plain, strict=True)), **more}
+
+    rows = []
+    for method, mine in zip(methods, answers, strict=True):
+        figures = summarize(mine)
+        rows.append(row(method.name, figures["tokens_per_second"], mine, budget=method.budget,
+                        rounds=figures["rounds"], accepted_length=figures["mean_accept_length"],
+                        share=share_of(method, sampling, args.repeats)))
+    return rows, [row(peer.name, peer_speed(theirs), theirs) for peer, theirs in zip(peers, others, strict=True)]
+
+
+def peer_speed(answers: list[PeerAnswer]) -> float:
+    """Tokens per second after the first, as for our own: the prompt and the first token are taken out."""
+    seconds = sum(a.seconds - a.first_seconds for a in answers)
+    return sum(len(a.token_ids) - 1 for a in answers) / seconds if seconds > 0 else 0.0
 
 
 _SHARES: dict[tuple[str, int, float], dict[str, float]] = {}
@@ -189,20 +191,21 @@ def parse_methods(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
+def markdown(rows: list[dict[str, Any]], peers: list[dict[str, Any]]) -> str:
     lines = ["| suite | method | budget | accepted a round | rounds | tokens/s | speed-up | draft / tree / verify / "
              "accept | identical |", "|---|---|---|---|---|---|---|---|---|"]
-    for row in rows:
-        share = " / ".join(f"{100 * value:.1f}" for value in row["share"].values()) + " %" if row["share"] else "-"
-        lines.append(f"| {row['suite']} | {row['method']} | {row['budget'] or '-'} | {row['accepted_length']:.2f} "
-                     f"| {row['rounds']} | {row['tokens_per_second']:.1f} | {row['speedup']:.2f} | {share} "
-                     f"| {row['identical']}/{row['prompts']} |")
+    for row in [*rows, *peers]:
+        rounds = f"{row['budget']} | {row['accepted_length']:.2f} | {row['rounds']}" if "rounds" in row else "- | - | -"
+        share = " / ".join(f"{100 * value:.1f}" for value in row["share"].values()) + " %" if "share" in row else "-"
+        speedup = "-" if row["speedup"] is None else f"{row['speedup']:.2f}"
+        lines.append(f"| {row['suite']} | {row['method']} | {rounds} | {row['tokens_per_second']:.1f} | {speedup} "
+                     f"| {share} | {row['identical']}/{row['prompts']} |")
     return "\n".join(lines)
 
 
-def write_results(folder: Path, rows: list[dict[str, Any]]) -> None:
-    write_text(folder / "results.json", json.dumps({"rows": rows}, indent=1) + "\n")
-    write_text(folder / "results.md", markdown(rows) + "\n")
+def write_results(folder: Path, rows: list[dict[str, Any]], peers: list[dict[str, Any]]) -> None:
+    write_text(folder / "results.json", json.dumps({"rows": rows, "peers": peers}, indent=1) + "\n")
+    write_text(folder / "results.md", markdown(rows, peers) + "\n")
     plot_scaling(rows, folder / "scaling.png")
 
 

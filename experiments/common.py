@@ -40,6 +40,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add_tree_width(parser)
     parser.add_argument("--budget", type=int, default=64, help=f"nodes of a tree, the root included, 1 to "
                                                                f"{MAX_TREE_BUDGET} (default %(default)s)")
+    add_sampling(parser)
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-k", type=int, help="keep the k most likely tokens")
     parser.add_argument("--top-p", type=float, help="keep the most likely tokens up to this probability")
@@ -102,6 +106,20 @@ def load(args: argparse.Namespace, mesh: Mesh | None = None) -> Pair:
     return load_pretrained(args.model, args.head, dtype=args.dtype, mesh=mesh)
 
 
+def check_output(folder: Path | None) -> None:
+    """Before long work: that results can be written into `folder` (None: they are not wanted).
+
+    Raises:
+        JetSpecError: something else than a folder is there, or it cannot be made.
+    """
+    if folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise JetSpecError(f"{folder} cannot be a folder for results: {error.strerror}; name another") from error
+
+
 def write_text(file: Path, text: str) -> None:
     """Writes beside and renames, so that no half of a file is ever there."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -120,6 +138,11 @@ def run_main(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader of our output has gone (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:  # no space, no permission, a folder where a file is wanted
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

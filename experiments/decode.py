@@ -147,7 +147,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     if args.prompt_file is None:
         return list(PROMPTS)
     try:
-        lines = [line for line in args.prompt_file.read_text().splitlines() if line.strip()]
+        lines = [line for line in args.prompt_file.read_text(encoding="utf-8").split("\n") if line.strip()]
         prompts = [json.loads(line)["prompt"] for line in lines] if args.prompt_file.suffix == ".jsonl" else lines
     except OSError as error:
         raise JetSpecError(f"cannot read --prompt-file {args.prompt_file}: {error.strerror}") from error

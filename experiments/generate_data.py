@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from experiments.common import add_model_arguments, load, run_main, sampling_from
+from experiments.common import add_pair_arguments, add_sampling, check_output, load, run_main, sampling_from
 from jetspec_jax import JetSpecError, Pair
 from jetspec_jax.config import FLOAT_DTYPES, PRESETS, default_target_layer_ids
 from jetspec_jax.pretrained import cache_folder
@@ -33,6 +33,7 @@ def main() -> None:
     sampling, mixture = sampling_from(args), parse_mixture(args.source)
     if args.max_new_tokens < 1 or args.max_prompt_tokens < 1 or args.batch_size < 1:
         raise JetSpecError("--max-new-tokens, --max-prompt-tokens and --batch-size must be at least 1")
+    check_output(args.out)
     pair = load(args)
     if args.product_dtype:
         pair = dataclasses.replace(pair, target_config=dataclasses.replace(pair.target_config,
@@ -116,7 +117,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="dataset; resumed if it exists")
     parser.add_argument("--source", action="append", required=True, metavar="NAME=COUNT",
                         help=f"how many prompts of {', '.join(SOURCES)}, or of a JSONL file; repeatable")
-    add_model_arguments(parser)
+    add_pair_arguments(parser)
+    add_sampling(parser)
     parser.add_argument("--product-dtype", choices=FLOAT_DTYPES, help="round the operands of products to this dtype "
                         "(bfloat16 is faster on CPUs that have units for it)")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="default %(default)s")

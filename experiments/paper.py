@@ -1,13 +1,14 @@
 """The paper's analyses on recorded data of a small target: each writes a table and a plot.
 
     python experiments/paper.py gamma --dataset data/greedy --out out/gamma --steps 400
-    python experiments/paper.py foreign --dataset data/greedy --foreign-dataset data/foreign --out out/foreign
+    python experiments/paper.py foreign --dataset data/talk --foreign-dataset data/foreign --out out/foreign
     python experiments/paper.py subset --dataset data/greedy --out out/subset
     python experiments/paper.py faithfulness --dataset data/greedy --causal-head A --bidirectional-head B --out out/f
     python experiments/paper.py heads --run runs/causal --run runs/dflash --run runs/eagle3 --out out/heads
 
 gamma         depth weights exp(-(i-1)/gamma), gamma 0, 3, 7, 15, causal against bidirectional (paper, table 7)
-foreign       the target's own answers against other people's (table 6); see generate_data.py --foreign
+foreign       the target's own answers against another model's (table 6), to the same prompts: record both datasets
+              with generate_data.py and the same --source conversations=N, the second with --foreign
 subset        the loss over a part of the vocabulary against the full one, at equal steps
 faithfulness  the gap between the head's and the target's log-probability of the head's best branch (tables 8 and 9)
 heads         the curves of runs of train_head.py in one picture, and where they ended
@@ -33,7 +34,7 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from experiments.common import add_compile_cache, run_main, write_text
+from experiments.common import add_compile_cache, check_output, run_main, write_text
 from experiments.plots import Line, Panel, save_plot
 from jetspec_jax import HeadConfig, JetSpecError, Pair, TreeConfig, load_pretrained
 from jetspec_jax.attention import causal_bits
@@ -59,7 +60,7 @@ def main() -> None:
     args = build_parser().parse_args()
     if args.steps < 1 or args.held_out < 1:
         raise JetSpecError("--steps and --held-out must be at least 1")
-    args.out.mkdir(parents=True, exist_ok=True)
+    check_output(args.out)
     if args.analysis == "heads":
         rows = heads(args)
     else:
@@ -68,10 +69,14 @@ def main() -> None:
         add_compile_cache()
         dataset, pair = Dataset(args.dataset), load_pretrained(args.model)
         rows = ON_DATA[args.analysis](args, pair, dataset)
-    table = markdown(rows)
-    write_text(args.out / "results.json", json.dumps(rows, indent=1) + "\n")
-    write_text(args.out / "results.md", table + "\n")
-    print(table)
+    write_table(args.out, rows)
+    print(markdown(rows))
+
+
+def write_table(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """After every training: a run that is cut short leaves what it has."""
+    write_text(folder / "results.json", json.dumps(rows, indent=1) + "\n")
+    write_text(folder / "results.md", markdown(rows) + "\n")
 
 
 def train(args: argparse.Namespace, pair: Pair, dataset: Dataset, held_out: list[Batch], gamma: float, causal: bool,
@@ -107,9 +112,12 @@ def held_out_of(args: argparse.Namespace, dataset: Dataset) -> list[Batch]:
 
 def gamma(args: argparse.Namespace, pair: Pair, dataset: Dataset) -> list[dict[str, Any]]:
     held_out = held_out_of(args, dataset)
-    rows = [train(args, pair, dataset, held_out, g, causal, f"{'causal' if causal else 'bidirectional'}, gamma {g:g}",
-                  args.vocab_subset)
-            for g in args.gammas for causal in (True, False)]
+    rows = []
+    for g in args.gammas:
+        for causal in (True, False):
+            name = f"{'causal' if causal else 'bidirectional'}, gamma {g:g}"
+            rows.append(train(args, pair, dataset, held_out, g, causal, name, args.vocab_subset))
+            write_table(args.out, rows)
     lines = [Line(f"{'causal' if causal else 'bidirectional'}, {name}",
                   [r["gamma"] for r in rows if r["causal"] == causal],
                   [r[name] for r in rows if r["causal"] == causal])
@@ -121,17 +129,38 @@ def gamma(args: argparse.Namespace, pair: Pair, dataset: Dataset) -> list[dict[s
 def foreign(args: argparse.Namespace, pair: Pair, dataset: Dataset) -> list[dict[str, Any]]:
     if not args.foreign_dataset:
         raise JetSpecError("the comparison needs --foreign-dataset (record one with generate_data.py --foreign)")
-    held_out = held_out_of(args, dataset)  # always the target's own answers: what decoding will meet
-    rows = [train(args, pair, data, held_out, args.gammas[0], True, name, args.vocab_subset)
-            for name, data in (("own answers", dataset), ("foreign answers", Dataset(args.foreign_dataset)))]
+    own, foreign = same_prompts(dataset, Dataset(args.foreign_dataset))
+    held_out = held_out_of(args, own)  # always the target's own answers: what decoding will meet
+    rows = []
+    for name, data in (("own answers", own), ("foreign answers", foreign)):
+        rows.append(train(args, pair, data, held_out, args.gammas[0], True, name, args.vocab_subset))
+        write_table(args.out, rows)
     plot_trees(args.out / "foreign.png", rows)
     return rows
 
 
+def same_prompts(own: Dataset, foreign: Dataset) -> tuple[Dataset, Dataset]:
+    """Both datasets with the prompts that both have, in one order.
+
+    Raises:
+        JetSpecError: they were recorded for other prompts.
+    """
+    for name in ("mixture", "seed", "max_prompt_tokens"):
+        values = [[info.recipe.get(name) for info in data.infos] for data in (own, foreign)]
+        if values[0] != values[1] or len(values[0]) > 1:
+            raise JetSpecError(f"own and foreign answers must be to the same prompts, and their {name} is {values[0]} "
+                               f"and {values[1]}: record one dataset of each with the same --source conversations=N "
+                               "and --seed")
+    shared = sorted(set(own.indices) & set(foreign.indices))
+    return own.select(shared), foreign.select(shared)
+
+
 def subset(args: argparse.Namespace, pair: Pair, dataset: Dataset) -> list[dict[str, Any]]:
     held_out = held_out_of(args, dataset)
-    rows = [train(args, pair, dataset, held_out, args.gammas[0], True, name, count)
-            for name, count in ((f"{args.vocab_subset} tokens", args.vocab_subset), ("full vocabulary", None))]
+    rows = []
+    for name, count in ((f"{args.vocab_subset} tokens", args.vocab_subset), ("full vocabulary", None)):
+        rows.append(train(args, pair, dataset, held_out, args.gammas[0], True, name, count))
+        write_table(args.out, rows)
     plot_trees(args.out / "subset.png", rows)
     return rows
 
@@ -149,7 +178,8 @@ def heads(args: argparse.Namespace) -> list[dict[str, Any]]:
                                "--eval-every")
         rows.append({"run": folder.name, **held_out[-1]})
         lines += [Line(f"{folder.name}, {name}", [entry["step"] for entry in held_out],
-                       [entry[name] for entry in held_out]) for name in ("accept_chain", "accept_accum_logp_64")]
+                       [entry[name] for entry in held_out]) for name in ("accept_chain", "accept_accum_logp_64")
+                  if name in held_out[-1]]  # an autoregressive head has the chain alone
     save_plot(args.out / "heads.png", [[Panel("step", ACCEPTED, lines)]])
     return rows
 
@@ -216,10 +246,10 @@ def plot_trees(file: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    names = list(rows[0])
+    names = list(dict.fromkeys(name for row in rows for name in row))
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for row in rows:
-        cells = (f"{row[n]:.3f}" if isinstance(row[n], float) else str(row[n]) for n in names)
+        cells = (f"{row[n]:.3f}" if isinstance(row.get(n), float) else str(row.get(n, "-")) for n in names)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -13,6 +13,15 @@ from jetspec_jax import Pair
 
 
 @dataclass(frozen=True)
+class PeerAnswer:
+    """A greedy answer, the seconds it took with its prompt, and those that prompt and first token took alone."""
+
+    token_ids: list[int]
+    seconds: float
+    first_seconds: float
+
+
+@dataclass(frozen=True)
 class Peer:
     """A way of decoding elsewhere.
 
@@ -26,12 +35,14 @@ class Peer:
     run: Callable[[list[int], int], list[int]]
     pair: Pair
 
-    def generate(self, prompt: str, tokens: int) -> tuple[list[int], float]:
-        """The greedy answer and the seconds it took, its prompt included."""
+    def generate(self, prompt: str, tokens: int) -> PeerAnswer:
+        """The greedy answer, once with its first token alone and once whole."""
         ids = self.pair.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         start = time.perf_counter()
+        self.run(ids, 1)
+        middle = time.perf_counter()
         answer = self.run(ids, tokens)
-        return answer, time.perf_counter() - start
+        return PeerAnswer(answer, time.perf_counter() - middle, middle - start)
 
 
 def _peer(name: str, options: dict[str, Any], pair: Pair) -> Peer:

@@ -58,10 +58,6 @@ def phases_of_a_round(pair: Pair, drafter: HeadDrafter, state: DecodeState) -> d
     position = state.length - 1
     anchor = anchor_of(state.tokens, position)
 
-    def finish(cache: Any, draft: Any, state: Any, out: Any, path: Any, sizes: Any, position: Any) -> Any:
-        return (commit(cache, out, path, position, path.count),
-                drafter.observe(draft, out.tapped, path.nodes, path.count), record(state, path, path.count, sizes))
-
     # Everything that varies from round to round is an operand: a constant would be folded.
     forward = compiled(lambda p, s, *at: drafter.draft_logits(p, s.drafter, *at))
     keep = compiled(lambda cache, k, v, count, anchor, position: cache.commit(k, v, position - count, count, anchor),
@@ -69,25 +65,19 @@ def phases_of_a_round(pair: Pair, drafter: HeadDrafter, state: DecodeState) -> d
     grow = compiled(drafter.grow)
     verify = compiled(lambda p, s, tree, position: run_target(decoder, p, s.cache, tree, position))
     decide = compiled(lambda s, tree, logits, position: judge(decoder, s, tree, logits, position))
-    end = compiled(finish, donate_argnums=(0, 1))
     whole = compiled(run_rounds, static_argnums=0, donate_argnums=2)
 
     logits, k, v = forward(params, state, anchor, position)
     tree = grow(anchor, logits)
     out, verdicts = verify(params, state, tree, position)
     path = decide(state, tree, verdicts, position)
+    end = commits(pair, drafter, state, out, path, tree.size)
     # Donated arguments are handed over, as in the loop, so that a phase pays for what it writes and not for a copy.
-    held: dict[str, Any] = {"head": state.drafter.cache, "caches": (state.cache, state.drafter), "state": state}
-    held = jax.tree.map(jnp.copy, held)
+    held: dict[str, Any] = jax.tree.map(jnp.copy, {"head": state.drafter.cache, "state": state})
 
     def timed_keep() -> Any:
         held["head"] = keep(held["head"], k, v, state.drafter.pending_count, anchor, position)
         return held["head"]
-
-    def timed_end() -> Any:
-        cache, draft, rest = end(*held["caches"], state, out, path, tree.size, position)
-        held["caches"] = (cache, draft)
-        return rest
 
     def timed_whole() -> Any:
         held["state"] = whole(decoder, params, held["state"], jnp.int32(ROUNDS), jnp.int32(1))
@@ -97,7 +87,26 @@ def phases_of_a_round(pair: Pair, drafter: HeadDrafter, state: DecodeState) -> d
 
     return {"draft": lambda: forward(params, state, anchor, position), "head commit": timed_keep,
             "tree": lambda: grow(anchor, logits), "verify": lambda: verify(params, state, tree, position),
-            "accept": lambda: decide(state, tree, verdicts, position), "commit": timed_end, "round": timed_whole}
+            "accept": lambda: decide(state, tree, verdicts, position), "commit": end, "round": timed_whole}
+
+
+def commits(pair: Pair, drafter: Drafter, state: DecodeState, out: Any, path: Any, sizes: Any) -> Callable[[], Any]:
+    """What ends a round: the accepted path into the target's cache, its states to the drafter, its tokens noted."""
+    def finish(cache: Any, draft: Any, state: Any, out: Any, path: Any, sizes: Any, position: Any) -> Any:
+        new = record(state, path, path.count, sizes)
+        # Not the state's caches: an output that is an undonated input is a copy.
+        noted = (new.tokens, new.length, new.done, new.rounds, new.accept_lengths, new.tree_sizes)
+        return (commit(cache, out, path, position, path.count),
+                drafter.observe(draft, out.tapped, path.nodes, path.count), noted)
+
+    end = compiled(finish, donate_argnums=(0, 1))
+    held: list[Any] = jax.tree.map(jnp.copy, [state.cache, state.drafter])
+
+    def timed() -> Any:
+        *held[:], rest = end(*held, state, out, path, sizes, state.length - 1)
+        return rest
+
+    return timed
 
 
 def measure(phases: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
@@ -120,18 +129,20 @@ def shares(pair: Pair, drafter: Drafter, state: DecodeState, repeats: int) -> di
     else:
         times = measure(phases_of_any_round(pair, drafter, state), repeats)
     parts = {"draft": times["draft"], "tree": times.get("tree", 0.0), "verify": times["verify"],
-             "accept": times["accept"] + times.get("commit", 0.0) + times.get("head commit", 0.0)}
+             "accept": times["accept"] + times["commit"] + times.get("head commit", 0.0)}
     total = sum(parts.values())
     return {name: value / total for name, value in parts.items()}
 
 
 def phases_of_any_round(pair: Pair, drafter: Drafter, state: DecodeState) -> dict[str, Callable[[], Any]]:
-    """The phases of a drafter that makes its tree while it drafts."""
+    """The phases of a drafter that makes its tree while it drafts (or drafts nothing: plain decoding)."""
     decoder, params, position = Decoder(pair.target_config, drafter), pair.params, state.length - 1
     propose = compiled(lambda p, s, position: drafter.propose(p, s.drafter, s.tokens, position)[0])
     verify = compiled(lambda p, s, tree, position: run_target(decoder, p, s.cache, tree, position))
     decide = compiled(lambda s, tree, logits, position: judge(decoder, s, tree, logits, position))
     tree = propose(params, state, position)
-    _, verdicts = verify(params, state, tree, position)
+    out, verdicts = verify(params, state, tree, position)
+    path = decide(state, tree, verdicts, position)
     return {"draft": lambda: propose(params, state, position), "verify": lambda: verify(params, state, tree, position),
-            "accept": lambda: decide(state, tree, verdicts, position)}
+            "accept": lambda: decide(state, tree, verdicts, position),
+            "commit": commits(pair, drafter, state, out, path, tree.size)}

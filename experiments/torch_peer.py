@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 from converters.assemble import take_apart
@@ -15,23 +16,32 @@ from jetspec_jax.pair import Pair
 
 
 def torch_model(pair: Pair) -> tuple[Any, Callable[..., list[int]]]:
-    """A transformers model with the pair's weights in float32, and its greedy `generate(model, ids, tokens, ...)`."""
+    """A transformers model with the pair's weights, and its greedy `generate(model, ids, tokens, ...)`.
+
+    It runs where JAX runs: in float32 on a CPU, in the pair's dtype on a GPU.
+
+    Raises:
+        JetSpecError: torch is not installed, or sees no GPU where JAX does.
+    """
     try:
         import torch
         import transformers
     except ImportError as error:
-        raise JetSpecError("this comparison needs torch: pip install 'jetspec-jax[parity]'") from error
-    config = pair.target_config
+        raise JetSpecError("this comparison needs torch: pip install -e '.[parity]'") from error
+    config, on_gpu = pair.target_config, jax.default_backend() == "gpu"
+    if on_gpu and not torch.cuda.is_available():
+        raise JetSpecError("JAX decodes on a GPU that this torch does not see: install torch with CUDA, or set "
+                           "JAX_PLATFORMS=cpu to compare on the CPU")
     kind = "Qwen3Moe" if config.num_experts else "Qwen3" if config.qk_norm else "Llama"
     model = getattr(transformers, f"{kind}ForCausalLM")(
         getattr(transformers, f"{kind}Config")(**huggingface_fields(config)))
     weights = {name: torch.from_numpy(np.array(value, np.float32))
                for name, value in take_apart(pair.params.target, target_slots(config, fused_experts=True))}
     model.load_state_dict(weights, strict=not config.tie_embeddings)
-    model.eval()
+    model.eval().to(device="cuda" if on_gpu else "cpu", dtype=getattr(torch, config.dtype) if on_gpu else torch.float32)
 
     def generate(model: Any, ids: list[int], tokens: int, **options: Any) -> list[int]:
-        prompt = torch.tensor([ids])
+        prompt = torch.tensor([ids], device=model.device)
         with torch.inference_mode():
             answer = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens,
                                     min_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0,

@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from experiments.common import add_compile_cache, run_main
+from experiments.common import add_compile_cache, check_output, run_main
 from experiments.plots import Line, Panel, save_plot
 from jetspec_jax import JetSpecError, TreeConfig, load_pretrained
 from jetspec_jax.autoregressive import init_autoregressive
@@ -47,7 +47,8 @@ from jetspec_jax.training.initial import head_from_target
 from jetspec_jax.training.log import MetricsLog, read_metrics
 from jetspec_jax.training.trainer import Trainer, TrainState
 
-TREES = (TreeConfig("chain"), TreeConfig(budget=16), TreeConfig(budget=64))
+CHAIN = TreeConfig("chain")
+TREES = (CHAIN, TreeConfig(budget=16), TreeConfig(budget=64))
 HELD_OUT_ROWS = 16
 
 
@@ -57,6 +58,10 @@ def main() -> None:
     for name in ("eval_every", "save_every", "log_every"):
         if getattr(args, name) < 1:
             raise JetSpecError(f"--{name.replace('_', '-')} must be at least 1")
+    if args.save_every % args.log_every:
+        raise JetSpecError(f"--save-every {args.save_every} must be a multiple of --log-every {args.log_every}: the "
+                           "log of a resumed run would differ")
+    check_output(args.out)
     dataset = Dataset(args.dataset)
     add_compile_cache()
     pair = load_pretrained(args.model, dtype=args.target_dtype)
@@ -66,7 +71,6 @@ def main() -> None:
     mesh = Mesh(np.asarray(jax.devices()), (DATA,)) if args.data_parallel or args.fully_sharded else None
     trainer = Trainer(target, head, target_params, config, layers, mesh, args.fully_sharded)
     batches = Batches(dataset, config, args.held_out)
-    args.out.mkdir(parents=True, exist_ok=True)
     checkpoints = TrainCheckpoints(args.out, head, config, {"sequences": len(dataset), "held_out": args.held_out,
                                                             "init": str(args.init)})
     fresh = trainer.create_state(start)
@@ -74,7 +78,9 @@ def main() -> None:
     print(f"{len(batches.train)} sequences, {dataset.answer_tokens} answer tokens, {batches.rows_per_epoch} rows an "
           f"epoch; head of {sum(leaf.size for leaf in jax.tree.leaves(state.params)) / 1e6:.1f} M parameters; "
           f"step {int(state.step)} of {config.steps}")
-    held_out = HeldOut(target, head, TREES, layers, batches.held_out_batches()[:HELD_OUT_ROWS])
+    # An autoregressive head's tree depends on the branches that it has read: only benchmark.py tells what that accepts.
+    trees = (CHAIN,) if isinstance(head, AutoregressiveHeadConfig) else TREES
+    held_out = HeldOut(target, head, trees, layers, batches.held_out_batches()[:HELD_OUT_ROWS])
     state = run(args, trainer, batches, checkpoints, held_out, state)
     write_head(args.out / "head", head, state)
     entries = read_metrics(args.out / "metrics.jsonl")
@@ -124,7 +130,15 @@ def mean_metrics(entries: list[dict[str, jax.Array]]) -> dict[str, float]:
 def starting_point(args: argparse.Namespace, target: TargetConfig, params: dict,
                    seed: int) -> tuple[DrafterConfig, dict]:
     """The head to train, from --init and the options that shape it."""
+    if args.autoregressive and args.bidirectional:
+        raise JetSpecError("--autoregressive and --bidirectional are two kinds of head: choose one")
     if args.init not in ("random", "target"):
+        shaping = {"--layers": args.layers, "--block-size": args.block_size, "--mask-token-id": args.mask_token_id,
+                   "--bidirectional": args.bidirectional or None, "--autoregressive": args.autoregressive or None}
+        given = [option for option, value in shaping.items() if value is not None]
+        if given:
+            raise JetSpecError(f"{', '.join(given)}: the head of --init {args.init} has its shape already; leave it "
+                               "out")
         head, start = load_checkpoint(Path(args.init), dtype="float32")
         if not isinstance(head, DrafterConfig):
             raise JetSpecError(f"--init {args.init} is a target, not a head")
@@ -135,14 +149,16 @@ def starting_point(args: argparse.Namespace, target: TargetConfig, params: dict,
         raise JetSpecError("--mask-token-id is needed for this target: an entry of the vocabulary that no text has")
     shape = preset or HeadConfig(
         vocab_size=target.vocab_size, hidden_size=target.hidden_size, intermediate_size=target.intermediate_size,
-        num_layers=args.layers or 5, num_heads=target.num_heads, num_kv_heads=target.num_kv_heads,
+        num_layers=5 if args.layers is None else args.layers, num_heads=target.num_heads,
+        num_kv_heads=target.num_kv_heads,
         head_dim=target.head_dim, rope_theta=target.rope_theta, rms_norm_eps=target.rms_norm_eps, block_size=16,
         target_layer_ids=default_target_layer_ids(target.num_layers, 5), num_target_layers=target.num_layers,
         mask_token_id=mask)
     if args.autoregressive:
         return autoregressive_start(args, shape, params, seed)
-    head = dataclasses.replace(shape, num_layers=args.layers or shape.num_layers, mask_token_id=mask, dtype="float32",
-                               block_size=args.block_size or shape.block_size, causal=not args.bidirectional)
+    head = dataclasses.replace(shape, num_layers=shape.num_layers if args.layers is None else args.layers,
+                               mask_token_id=mask, dtype="float32", causal=not args.bidirectional,
+                               block_size=shape.block_size if args.block_size is None else args.block_size)
     key = jax.random.key(seed)
     return head, (head_from_target(target, head, params, key) if args.init == "target" else init_head(head, key))
 
@@ -151,8 +167,9 @@ def autoregressive_start(args: argparse.Namespace, shape: HeadConfig, params: di
                          seed: int) -> tuple[AutoregressiveHeadConfig, dict]:
     """One layer unless told otherwise, at random (its rows read something else than the target's layers do)."""
     shared = {f.name: getattr(shape, f.name) for f in dataclasses.fields(AutoregressiveHeadConfig)}
-    head = AutoregressiveHeadConfig(**{**shared, "num_layers": args.layers or 1, "dtype": "float32",
-                                       "block_size": args.block_size or shape.block_size})
+    head = AutoregressiveHeadConfig(**{
+        **shared, "num_layers": 1 if args.layers is None else args.layers, "dtype": "float32",
+        "block_size": shape.block_size if args.block_size is None else args.block_size})
     return head, init_autoregressive(head, jax.random.key(seed))
 
 
@@ -196,7 +213,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--held-out", type=int, default=48, help="last sequences, never trained on (default 48)")
     parser.add_argument("--log-every", type=int, default=20, help="steps (default %(default)s)")
     parser.add_argument("--eval-every", type=int, default=500, help="steps (default %(default)s)")
-    parser.add_argument("--save-every", type=int, default=250, help="steps (default %(default)s)")
+    parser.add_argument("--save-every", type=int, default=200, help="steps (default %(default)s)")
     settings = parser.add_argument_group("settings (see jetspec_jax.training.config.TrainConfig)")
     choices = {"loss": get_args(Loss), "product_dtype": ("bfloat16", "float32")}
     for field in dataclasses.fields(TrainConfig):

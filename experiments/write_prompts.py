@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from experiments.common import add_compile_cache, add_target_arguments, run_main, write_text
+from experiments.common import add_compile_cache, add_target_arguments, check_output, run_main, write_text
 from jetspec_jax import JetSpecError, Pair, SamplingParams, load_pretrained
 from jetspec_jax.generate import stream
 from jetspec_jax.pretrained import cache_folder
@@ -36,6 +36,9 @@ def main() -> None:
     sampling = SamplingParams(args.temperature, None, args.top_p)
     if not args.temperature:
         raise JetSpecError("--temperature 0 would write one prompt again and again")
+    check_output(args.out.parent)
+    if args.out.is_dir():
+        raise JetSpecError(f"--out {args.out} is a folder: name a file")
     exclusion = suite_exclusion(cache_folder() / "sources")
     add_compile_cache()
     pair = load_pretrained(args.model, None, dtype=args.dtype)
@@ -45,16 +48,18 @@ def main() -> None:
         for wave in range(MAX_WAVES):
             missing = args.count - len(prompts)
             openings = [fill(rng.choice(STORY_OPENINGS), rng) if args.stories else "" for _ in range(missing)]
-            written = user_turns(pair, openings, sampling, args.seed + wave, args.max_tokens, args.batch_size)
+            seed = args.seed * MAX_WAVES + wave
+            written = user_turns(pair, openings, sampling, seed, args.max_tokens, args.batch_size)
             for turn in suitable(written, exclusion):
                 prompts.setdefault(turn)
                 bar.update(len(prompts) - bar.n)
+            if prompts:  # a run that is cut short leaves what it has
+                write_text(args.out, "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
             if len(prompts) == args.count:
                 break
         else:
             raise JetSpecError(f"only {len(prompts)} of {args.count} prompts were of use: this target seldom ends a "
                                "user's turn; give a larger --max-tokens, or prompts of your own to generate_data.py")
-    write_text(args.out, "".join(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in prompts))
     print(f"{len(prompts)} prompts in {args.out}")
 
 

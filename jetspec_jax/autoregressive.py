@@ -95,6 +95,9 @@ def fuse_features(config: AutoregressiveHeadConfig, params: dict, tapped: Array)
 def init_autoregressive(config: AutoregressiveHeadConfig, key: Array) -> dict:
     """Random parameters (standard deviation 0.02)."""
 
+    # Shapes only: a kernel would refuse the one-slot cache.
+    config = replace(config, kernels="reference")
+
     def init(key: Array) -> Any:
         row = jnp.zeros((1, 1, config.hidden_size), config.jnp_dtype)
         tapped = jnp.zeros((1, 1, len(config.target_layer_ids) * config.hidden_size), config.jnp_dtype)

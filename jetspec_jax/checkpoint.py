@@ -88,7 +88,7 @@ def save(folder: Path, config: TargetConfig | DrafterConfig, params: dict, sourc
             pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=PIECE_BYTES), params)
             writer.save((folder / ARRAYS).absolute(), args=ocp.args.PyTreeSave(params, save_args=pieces))
     except Exception as error:  # tensorstore reports a full disk as ValueError or OSError, by version
-        raise JetSpecError(f"writing into {folder.parent} failed: {_first_line(error)}; nothing was left "
+        raise JetSpecError(f"writing into {folder.parent} failed: {first_line(error)}; nothing was left "
                            "behind") from error
     description = {"format": FORMAT, "version": VERSION, "kind": kind, "config": dataclasses.asdict(config),
                    "source": source}
@@ -112,8 +112,8 @@ def load_config(folder: Path) -> TargetConfig | DrafterConfig:
     """
     try:
         description = json.loads((folder / DESCRIPTION).read_text())
-    except (OSError, ValueError) as error:
-        raise JetSpecError(f"{folder} is no readable checkpoint ({DESCRIPTION}: {_first_line(error)})") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise JetSpecError(f"{folder} is no readable checkpoint ({DESCRIPTION}: {first_line(error)})") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         found = description.get("format") if isinstance(description, dict) else description
         raise JetSpecError(f"{folder} holds a foreign checkpoint: format {found!r}, expected {FORMAT!r}")
@@ -121,7 +121,7 @@ def load_config(folder: Path) -> TargetConfig | DrafterConfig:
     if version != VERSION:
         raise JetSpecError(f"{folder} has format version {version!r} and this release reads version {VERSION}: "
                            "update jetspec-jax, or convert the original weights again")
-    if description.get("kind") not in _KINDS:
+    if description.get("kind") not in tuple(_KINDS):
         raise JetSpecError(f"{folder} holds a checkpoint of unknown kind {description.get('kind')!r}")
     config_class = _KINDS[description["kind"]][0]
     try:
@@ -129,12 +129,12 @@ def load_config(folder: Path) -> TargetConfig | DrafterConfig:
                   for name, value in description["config"].items()}
         return config_class(**fields)
     except (KeyError, TypeError, AttributeError) as error:
-        raise JetSpecError(f"the description of {folder} is damaged: {_first_line(error)}") from error
+        raise JetSpecError(f"the description of {folder} is damaged: {first_line(error)}") from error
 
 
 def load(folder: Path, dtype: str | None = None,
          mesh: Mesh | None = None) -> tuple[TargetConfig | DrafterConfig, dict]:
-    """Loads a checkpoint onto the default device, or straight into the shares of a mesh's devices.
+    """Loads a checkpoint onto the first local device, or straight into the shares of a mesh's devices.
 
     Args:
         folder: what `save` wrote.
@@ -171,8 +171,11 @@ def load(folder: Path, dtype: str | None = None,
             params = named_map(lambda name, leaf: arrange(name, leaf, config, mesh), params)
         jax.block_until_ready(params)
     except Exception as error:  # missing files, wrong shapes and damaged data each raise another type
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise JetSpecError(f"{folder} does not fit into the memory that is free ({first_line(error)}): load it "
+                               "in a smaller dtype, or over several devices (--tensor-parallel)") from error
         raise JetSpecError(f"the arrays of {folder} are damaged or do not match its description: "
-                           f"{_first_line(error)}; convert the original weights again") from error
+                           f"{first_line(error)}; convert the original weights again") from error
     return config, params
 
 
@@ -219,7 +222,7 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """An exception's message in at most 300 characters of one line."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:300]

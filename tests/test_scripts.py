@@ -1,5 +1,6 @@
 """The scripts as a user runs them, in their own processes with fully optimised programs."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -113,7 +114,9 @@ def test_benchmark_on_a_users_prompts(tmp_path):
                "--budgets", "8,4", "--limit", 1, "--max-new-tokens", 10, "--repeats", 1, "--json",
                "--out", tmp_path / "o")
     assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    report = json.loads(done.stdout.splitlines()[-1])
+    rows = report["rows"]
+    assert report["peers"] == []
     assert [(row["method"], row["budget"]) for row in rows] == [
         ("plain", 1), ("jetspec", 4), ("jetspec", 8), ("jetspec-chain", 8), ("lookup", 8)]
     for row in rows:
@@ -126,7 +129,7 @@ def test_benchmark_on_a_users_prompts(tmp_path):
         assert sum(row["share"].values()) == pytest.approx(1)
         assert set(row["share"]) == {"draft", "tree", "verify", "accept"}
     assert rows[0]["rounds"] == 9
-    assert json.loads((tmp_path / "o" / "results.json").read_text())["rows"] == rows
+    assert json.loads((tmp_path / "o" / "results.json").read_text()) == report
     assert len((tmp_path / "o" / "results.md").read_text().splitlines()) == 2 + len(rows)
     assert (tmp_path / "o" / "scaling.png").stat().st_size > 1000
 
@@ -134,9 +137,64 @@ def test_benchmark_on_a_users_prompts(tmp_path):
 @pytest.mark.parametrize(("arguments", "message"), [
     (("--suite", "gsm9k"), "gsm9k"), (("--suite", "gsm8k", "--methods", "magic"), "--methods 'magic'"),
     (("--suite", "gsm8k", "--budgets", "0"), "--budgets"), (("--suite", "gsm8k", "--limit", 0), "--limit"),
+    (("--suite", "gsm8k", "--max-new-tokens", 1), "--max-new-tokens must be at least 2"),
+    (("--suite", "gsm8k", "--out", "README.md"), "README.md cannot be a folder"),
     (("--suite", "gsm8k", "--methods", "dflash"), "--bidirectional-head")])
 def test_a_benchmark_that_cannot_be_run(arguments, message):
     done = run("experiments/benchmark.py", *arguments)
     assert done.returncode == 2
     assert message in done.stderr.strip().splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_benchmark_beside_transformers(tmp_path):
+    """Peers stand in a list of their own: they have no rounds. At temperature 1 they are refused."""
+    pytest.importorskip("torch")
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "Count from one to ten."}\n')
+    common = ("experiments/benchmark.py", "--suite", tmp_path / "mine.jsonl", "--budgets", 4, "--limit", 1,
+              "--max-new-tokens", 6, "--repeats", 1, "--json")
+    done = run(*common, "--methods", "jetspec,transformers,transformers-lookup")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert [row["method"] for row in report["rows"]] == ["plain", "jetspec"]
+    assert [row["method"] for row in report["peers"]] == ["transformers", "transformers-lookup"]
+    for row in report["peers"]:
+        assert (row["tokens"], row["identical"], row["prompts"]) == (6, 1, 1)
+        assert row["speedup"] == pytest.approx(row["tokens_per_second"] / report["rows"][0]["tokens_per_second"])
+        assert "rounds" not in row
+    done = run(*common, "--methods", "jetspec,transformers", "--temperature", 1)
+    assert done.returncode == 2
+    assert "compare with it at temperature 0" in done.stderr
+    done = run(*common, "--methods", "jetspec", "--temperature", 1)
+    assert done.returncode == 0, done.stderr
+    assert [row["identical"] for row in json.loads(done.stdout.splitlines()[-1])["rows"]] == [1, 1]
+
+
+def test_benchmark_with_heads_of_other_kinds(tmp_path):
+    """dflash, ddtree and eagle3 decode losslessly with converted heads; a head of another kind is told."""
+    import jax
+
+    from jetspec_jax import checkpoint, load_pretrained
+    from jetspec_jax.autoregressive import init_autoregressive
+    from jetspec_jax.config import PRESETS, AutoregressiveHeadConfig
+    from jetspec_jax.head import init_head
+    shape = dataclasses.replace(PRESETS["smollm2-135m"].head, dtype="float32", num_layers=1)
+    two_way = dataclasses.replace(shape, causal=False)
+    stepwise = AutoregressiveHeadConfig(**{
+        field.name: getattr(shape, field.name) for field in dataclasses.fields(AutoregressiveHeadConfig)})
+    for name, config, params in (("two-way", two_way, init_head(two_way, jax.random.key(0))),
+                                 ("stepwise", stepwise, init_autoregressive(stepwise, jax.random.key(0)))):
+        checkpoint.save(tmp_path / name, config, params, source="a test")
+    assert load_pretrained("smollm2-135m", tmp_path / "two-way").head_config.causal is False
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "Count from one to ten."}\n')
+    common = ("experiments/benchmark.py", "--suite", tmp_path / "mine.jsonl", "--budgets", 4, "--limit", 1,
+              "--max-new-tokens", 6, "--repeats", 1, "--json", "--methods", "dflash,ddtree,eagle3")
+    done = run(*common, "--bidirectional-head", tmp_path / "two-way", "--autoregressive-head", tmp_path / "stepwise")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert [(row["method"], row["budget"], row["identical"]) for row in rows] == [
+        ("plain", 1, 1), ("dflash", 8, 1), ("ddtree", 4, 1), ("eagle3", 4, 1)]
+    assert all(sum(row["share"].values()) == pytest.approx(1) for row in rows)
+    done = run(*common, "--bidirectional-head", tmp_path / "stepwise", "--autoregressive-head", tmp_path / "stepwise")
+    assert done.returncode == 2
+    assert "needs a head that is bidirectional, and the given one is autoregressive" in done.stderr

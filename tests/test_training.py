@@ -30,7 +30,7 @@ from jetspec_jax.training.loss import (
     run_blocks,
     slot_losses,
 )
-from jetspec_jax.training.record import record_answers
+from jetspec_jax.training.record import Recording, record_answers
 from jetspec_jax.training.trainer import Trainer
 from tests.models import random_pair, tiny_head, tiny_moe, tiny_target
 
@@ -235,6 +235,22 @@ def test_subset_holds_the_batch_and_has_its_size(dataset):
     assert batch.subset.shape == (20,)
     assert set(np.unique(batch.tokens)) <= set(batch.subset.tolist())
     assert (np.diff(batch.subset) > 0).all()
+    with pytest.raises(JetSpecError, match="vocab_subset 2 is smaller than the"):
+        Batches(dataset, config_of(vocab_subset=2)).batch(0)
+
+
+def test_a_quarter_of_the_subset_is_random(tmp_path):
+    """So that every token is pushed down now and then; of 400, 300 are the most frequent, the text's 3 among them."""
+    writer = DatasetWriter(tmp_path / "d", DatasetInfo("none", (0,), 2, 4000, {}))
+    for i in range(8):
+        tokens = np.arange(40 * i, 40 * i + 40) if i else np.asarray([3990] * 38 + [3991, 3992])
+        writer.add([Recording(i, tokens.astype(np.int32), 1, np.zeros((39, 2), np.uint16))])
+    batches = Batches(Dataset([tmp_path / "d"]), TrainConfig(steps=1, row_tokens=40, anchors=8, vocab_subset=400))
+    frequent = {*range(40, 320), 3990, 3991, 3992}
+    for seed in range(3):
+        subset = set(batches.assemble([[0]], np.random.default_rng(seed)).subset.tolist())
+        assert {3990, 3991, 3992} <= subset
+        assert 90 <= len(subset - frequent) <= 120
 
 
 def test_batches_follow_from_seed_and_step(dataset):
@@ -380,6 +396,8 @@ def test_eight_devices_train_as_one(pair, dataset, shard):
     config = config_of(steps=3, rows=8, learning_rate=1e-2)
     batches = Batches(dataset, config)
     alone, _ = losses(trainer_of(pair, config), trainer_of(pair, config).create_state(pair.params.head), batches)
+    # As `load_pretrained` puts it.
+    pair = dataclasses.replace(pair, params=jax.device_put(pair.params, jax.devices()[0]))
     trainer = trainer_of(pair, config, Mesh(np.asarray(jax.devices()), ("data",)), shard)
     assert trainer.mesh.devices.size == 8
     together, state = losses(trainer, trainer.create_state(pair.params.head), batches)
@@ -402,6 +420,7 @@ def test_accumulated_micro_batches_are_one_large_batch(pair, dataset):
         a, b = np.ravel(a).astype(float), np.ravel(b).astype(float)
         if a.size > 50 and a.any():
             assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.97
+            assert 0.8 < np.linalg.norm(a) / np.linalg.norm(b) < 1.25  # a mean, not a sum
 
 
 def test_a_head_starts_as_the_targets_last_layers():

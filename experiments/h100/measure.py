@@ -17,6 +17,7 @@ from experiments.h100.plan import Setup, abstract_params, abstract_state
 from experiments.h100.roofline import floor, head_operations, roofline, target_operations
 from experiments.phases import ROUNDS, ready_state
 from jetspec_jax import Pair, SamplingParams
+from jetspec_jax.checkpoint import first_line
 from jetspec_jax.decode import Decoder, run_rounds
 from jetspec_jax.draft import NoDrafter
 from jetspec_jax.programs import compiler_options
@@ -75,9 +76,12 @@ def measure_kernels(setup: Setup, turns: int, launches: int, repeats: int) -> li
         shared = [fill(name, i, var.aval, setup.context) for i, var in enumerate(call.invars)]
         operands = [[array if array.nbytes > SHARED_BYTES else jnp.copy(array) for array in shared]
                     for _ in range(launches)]
-        rows.append({"name": name, "operands": " ".join(str(s) for s in shapes if s.dims and s.size > 1),
-                     "seconds": time_kernel(call, operands, turns, repeats),
-                     "floor_seconds": roofline(size, flops)})
+        row: dict[str, Any] = {"name": name, "operands": " ".join(str(s) for s in shapes if s.dims and s.size > 1)}
+        try:
+            row |= {"seconds": time_kernel(call, operands, turns, repeats), "floor_seconds": roofline(size, flops)}
+        except jax.errors.JaxRuntimeError as error:  # the other kernels are worth knowing
+            row["error"] = first_line(error)
+        rows.append(row)
     return rows
 
 

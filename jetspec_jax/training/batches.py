@@ -35,7 +35,7 @@ class Batches:
     Args:
         dataset: recorded answers.
         config: sizes and seed.
-        held_out: the last sequences, which are never trained on.
+        held_out: the last sequences, which are never trained on, nor other answers to their prompts.
     """
 
     def __init__(self, dataset: Dataset, config: TrainConfig, held_out: int = 0) -> None:
@@ -44,7 +44,8 @@ class Batches:
         self.dataset, self.config = dataset, config
         usable = [i for i in range(len(dataset)) if self._anchors(i).size]
         self.held_out = [i for i in usable if i >= len(dataset) - held_out]
-        self.train = np.asarray([i for i in usable if i < len(dataset) - held_out])
+        kept = {self._prompt(i) for i in self.held_out}
+        self.train = np.asarray([i for i in usable if i < len(dataset) - held_out and self._prompt(i) not in kept])
         if not self.train.size:
             raise JetSpecError("no sequence of the dataset has an answer of two tokens within "
                                f"{config.row_tokens} tokens: record longer answers, or raise row_tokens")
@@ -53,6 +54,9 @@ class Batches:
             counts += np.bincount(dataset.tokens(i), minlength=counts.size)
         self._frequent = np.argsort(-counts, kind="stable")
         self._plan = lru_cache(maxsize=2)(self._pack_epoch)
+
+    def _prompt(self, i: int) -> bytes:
+        return self.dataset.tokens(i)[:self.dataset.prompt_lengths[i]].tobytes()
 
     def _anchors(self, i: int) -> np.ndarray:
         """Where sequence i can be drafted from: answer tokens that another follows."""
@@ -80,6 +84,7 @@ class Batches:
 
     @property
     def rows_per_epoch(self) -> int:
+        """Packed rows until every training sequence was seen."""
         return len(self._plan(0))
 
     def held_out_batches(self) -> list[Batch]:
@@ -117,7 +122,11 @@ class Batches:
         if size is None or size >= vocab:
             return np.zeros((0,), np.int32)
         own = np.unique(tokens)
-        ranked = np.concatenate([own, self._frequent[:max(size * 3 // 4, size - own.size)], rng.permutation(vocab)])
+        if own.size > size:
+            raise JetSpecError(f"vocab_subset {size} is smaller than the {own.size} tokens that one batch holds: "
+                               "raise it")
+        frequent = self._frequent[:size * 3 // 4]
+        ranked = np.concatenate([own, frequent[:size - own.size], rng.permutation(vocab)])
         _, first = np.unique(ranked, return_index=True)
         return np.sort(ranked[np.sort(first)[:size]]).astype(np.int32)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
-from jetspec_jax.checkpoint import quiet
+from jetspec_jax.checkpoint import first_line, quiet
 from jetspec_jax.config import DrafterConfig
 from jetspec_jax.errors import JetSpecError
 from jetspec_jax.training.config import TrainConfig
@@ -55,8 +55,8 @@ class TrainCheckpoints:
         except JetSpecError:
             raise
         except Exception as error:  # damaged files raise many types
-            raise JetSpecError(f"checkpoint {step} in {self.folder} is damaged: {str(error).splitlines()[0][:200]}; "
-                               "delete that folder to resume from the one before") from error
+            raise JetSpecError(f"checkpoint {step} in {self.folder} is damaged ({first_line(error)}): "
+                               f"delete {self.folder / str(step)} to resume from the one before") from error
 
     def _compare(self, found: dict) -> None:
         """Everything but the total of steps must be as it was. (The cosine then follows the new total.)"""

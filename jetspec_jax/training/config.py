@@ -71,6 +71,7 @@ class TrainConfig:
             require(is_number(value) and low <= value <= high,
                      f"{name} must be a number from {low} to {high:g}, not {value!r}")
         require(self.clip > 0, "clip must be above 0")
+        require(max(self.beta1, self.beta2) < 1, "beta1 and beta2 must be below 1")
         require(self.product_dtype in (None, "bfloat16", "float32"),
                  f"product_dtype {self.product_dtype!r} is not bfloat16, float32 or None")
         require(is_integer(self.seed) and 0 <= self.seed < 2**32,

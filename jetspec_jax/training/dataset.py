@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import zipfile
@@ -80,7 +81,13 @@ class DatasetWriter:
 
 
 class Dataset:
-    """All sequences of one or more folders, states mapped into memory."""
+    """All sequences of one or more folders, states mapped into memory.
+
+    Attributes:
+        infos: of the folders, in their order; `info` is the first.
+        prompt_lengths: tokens of each sequence's prompt.
+        indices: each sequence's prompt, as its folder numbers them.
+    """
 
     def __init__(self, folders: list[Path]) -> None:
         if not folders:
@@ -95,6 +102,7 @@ class Dataset:
         self._tokens: list[np.ndarray] = []
         self._states: list[np.ndarray] = []
         self.prompt_lengths: list[int] = []
+        self.indices: list[int] = []
         for shard in (shard for folder in folders for shard in _shards(folder)):
             self._add(shard)
         if not self._tokens:
@@ -118,11 +126,27 @@ class Dataset:
             if states.shape != expected or states.dtype != np.uint16:
                 raise JetSpecError(f"{file} holds {states.dtype} {states.shape}, expected uint16 {expected}: record it "
                                    "again")
+        self.indices += arrays["indices"].tolist()
         for start, end, prompt in zip(offsets, offsets[1:], arrays["prompt_lengths"], strict=False):
             self._tokens.append(tokens[start:end])
             if states is not None:
                 self._states.append(states[start:end])
             self.prompt_lengths.append(int(prompt))
+
+    def select(self, indices: list[int]) -> Dataset:
+        """The sequences of these prompts alone, in this order.
+
+        Raises:
+            JetSpecError: a prompt that is not there, or is there more than once.
+        """
+        places = {index: i for i, index in enumerate(self.indices)}
+        if len(places) < len(self) or not set(indices) <= set(places):
+            raise JetSpecError("prompts can be chosen from one dataset that holds each of them once")
+        chosen = copy.copy(self)
+        for name in ("_tokens", "_states", "prompt_lengths", "indices"):
+            values = getattr(self, name)
+            setattr(chosen, name, [values[places[index]] for index in indices] if values else [])
+        return chosen
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -137,6 +161,7 @@ class Dataset:
 
     @property
     def answer_tokens(self) -> int:
+        """Tokens of all answers."""
         return sum(len(t) - p for t, p in zip(self._tokens, self.prompt_lengths, strict=True))
 
 

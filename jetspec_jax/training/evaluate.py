@@ -26,7 +26,8 @@ def accepted_on(target: TargetConfig, head: DrafterConfig, trees: tuple[TreeConf
 
     A recorded answer is what the target says, so the branch that follows the text is the accepted one: exactly what a
     greedy round from that anchor would accept, if the text is greedy. Anchors whose block runs past the end of their
-    answer count what is left of it.
+    answer count what is left of it. (The trees of an autoregressive head are others, for its distributions depend on
+    the branch: of that one only a chain is told right, since the text is the branch that is accepted.)
 
     Returns:
         int32 [trees, B, A]; 0 where the anchor is padding.

@@ -1,4 +1,4 @@
-"""Where a head starts from: random, the target's own last layers, or another head."""
+"""A head that starts from the target's own last layers."""
 
 from __future__ import annotations
 

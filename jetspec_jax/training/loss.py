@@ -39,7 +39,7 @@ def batch_states(target: TargetConfig, params: dict, batch: Batch, layers: tuple
         return lax.bitcast_convert_type(batch.states, jnp.bfloat16).astype(target.jnp_dtype)
     rows, width = batch.tokens.shape
     same = (batch.segment[:, :, None] == batch.segment[:, None, :]) & jnp.tril(jnp.ones((1, width, width), bool))
-    nothing = KVCache.create(target, rows, 1)
+    nothing = KVCache.create(target, rows, 16)  # the fewest slots that the kernel takes
     return lax.stop_gradient(target_forward(target, params, batch.tokens, batch.position, pack_bits(same), nothing,
                                             jnp.zeros((rows,), jnp.int32), layers).tapped)
 

@@ -18,6 +18,7 @@ from jetspec_jax import draft
 from jetspec_jax.config import SamplingParams
 from jetspec_jax.decode import Decoder, DecodeState
 from jetspec_jax.draft import NoDrafter, Params
+from jetspec_jax.errors import JetSpecError
 from jetspec_jax.generate import Prompt, Request, Run, StreamChunk, read_requests
 from jetspec_jax.pair import Pair
 from jetspec_jax.sampling import Sampler
@@ -93,9 +94,9 @@ class _RecordingRun(Run):
 
     recordings: list[Recording]
 
-    def _report(self, state: DecodeState, rows: list[Request | None]) -> Iterator[StreamChunk]:
+    def _report(self, state: DecodeState, rows: list[Request | None], with_text: bool) -> Iterator[StreamChunk]:
         before = {request.index: (b, request) for b, request in enumerate(rows) if request is not None}
-        for chunk in super()._report(state, rows):
+        for chunk in super()._report(state, rows, with_text):
             if chunk.result is not None:
                 b, request = before[chunk.index]
                 tokens = np.asarray(request.ids + chunk.result.token_ids, np.int32)
@@ -112,7 +113,13 @@ def record_answers(pair: Pair, prompts: Sequence[Prompt], layers: tuple[int, ...
     Args:
         layers: the target layers whose outputs are kept.
         indices: the prompts' own numbers, which key their noise; by default their place in the list.
+
+    Raises:
+        JetSpecError: prompts that cannot be read, or a pair on a mesh.
     """
+    if pair.mesh is not None:
+        raise JetSpecError("answers are recorded on one device: load the pair without a mesh (several processes can "
+                           "record other prompts)")
     decoder = Decoder(pair.target_config, _Recorder(layers, pair.target_config.hidden_size))
     requests = read_requests(pair, list(prompts), max_new_tokens)
     for request, index in zip(requests, indices or range(len(prompts)), strict=True):

@@ -78,6 +78,9 @@ class Trainer:
         if self.mesh is not None and self.config.rows % self.mesh.devices.size:
             raise JetSpecError(f"rows {self.config.rows} are not a multiple of the mesh's {self.mesh.devices.size} "
                                "devices: choose a multiple")
+        if self.mesh is not None:  # a loaded target lies on one device
+            object.__setattr__(self, "target_params", jax.device_put(
+                self.target_params, NamedSharding(self.mesh, PartitionSpec())))
 
     def create_state(self, params: Any) -> TrainState:
         """Step 0 from given head parameters."""
