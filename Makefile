@@ -1,12 +1,14 @@
 # `make demo` and `make test` work in a fresh clone with nothing installed but Python 3.11 or newer.
+# With an NVIDIA GPU: make demo EXTRAS=gpu
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PLAN := $(VENV)-plan
+EXTRAS ?=
 
 .PHONY: demo test aot lint clean
 
-demo: $(VENV)/.demo
+demo: $(VENV)/.demo$(EXTRAS)
 	$(BIN)/python experiments/decode.py --compare-ar $(ARGS)
 
 test: lint aot
@@ -21,8 +23,8 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 
 # A stamp per set of extras; a changed pyproject.toml installs again.
-$(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet -e .
+$(VENV)/.demo$(EXTRAS): pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet -e '.$(if $(EXTRAS),[$(EXTRAS)])'
 	touch $@
 
 $(VENV)/.test: pyproject.toml | $(VENV)/bin/python

@@ -11,6 +11,7 @@ from jetspec_jax.errors import JetSpecError
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The options of jetspec-convert."""
     parser = argparse.ArgumentParser(prog="jetspec-convert", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, what in (("target", "a target: Hugging Face folder, hub id, or GGUF file"),
@@ -27,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs jetspec-convert; returns its exit status, 2 for a user's mistake."""
     args = build_parser().parse_args(argv)
     try:
         if args.command == "export-head":

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from converters.names import gguf_name, target_slots
+from jetspec_jax.checkpoint import first_line
 from jetspec_jax.config import TargetConfig
 from jetspec_jax.errors import JetSpecError
 
@@ -111,7 +112,7 @@ class GGUFFile:
         except (JetSpecError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # the Rust library panics at a merge of unknown tokens, which is no Exception
-            raise JetSpecError(f"{self.label}: its tokenizer is damaged: {error}") from error
+            raise JetSpecError(f"{self.label}: its tokenizer is damaged: {first_line(error)}") from error
         tokenizer.save_pretrained(folder)
 
     def _tokenizer(self) -> Any:

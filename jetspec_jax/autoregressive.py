@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
 
-from jetspec_jax.attention import Attend, attend, attend_with, pack_bits
+from jetspec_jax.attention import Attend, attend, attend_with, causal_bits, pack_bits
 from jetspec_jax.cache import KVCache
 from jetspec_jax.collectives import own_part
 from jetspec_jax.config import AutoregressiveHeadConfig, KernelBackend, TargetConfig, TreeConfig
-from jetspec_jax.draft import Params, Prompt, top_logp
+from jetspec_jax.draft import Params, Prompt, anchor_of, top_logp
 from jetspec_jax.layers import AttentionContext, DecoderLayer, RMSNorm, dense, rotary_tables
 from jetspec_jax.target import target_embed, target_logits
 from jetspec_jax.tree import DraftTree, assemble_tree
@@ -176,8 +176,7 @@ class AutoregressiveDrafter:
         tokens = jnp.pad(prompt.tokens, ((0, 0), (0, 1)))
         tokens = lax.dynamic_slice_in_dim(tokens, start + 1, rows, axis=1)
         positions = jnp.broadcast_to((start + 1 + jnp.arange(rows, dtype=jnp.int32))[None], (batch, rows))
-        visible = jnp.broadcast_to(pack_bits(jnp.tril(jnp.ones((rows, rows), bool)))[None],
-                                   (batch, rows, -(-rows // 32)))
+        visible = causal_bits(batch, rows)
         cached = jnp.broadcast_to(start, (batch,))
         out = self._run(params, tokens, fuse_features(self.head, params.head, tapped.astype(self.head.jnp_dtype)),
                         positions, attend_with(visible, state.cache, cached, self.head.kernels))
@@ -218,8 +217,7 @@ class AutoregressiveDrafter:
         first = position - state.pending_count + 1
         places = first[:, None] + jnp.arange(rows, dtype=jnp.int32)[None, :]
         near = jnp.take_along_axis(tokens, jnp.clip(places, 0, tokens.shape[1] - 1), axis=1)
-        visible = jnp.broadcast_to(pack_bits(jnp.tril(jnp.ones((rows, rows), bool)))[None],
-                                   (batch, rows, -(-rows // 32)))
+        visible = causal_bits(batch, rows)
         cached = jnp.maximum(position - state.pending_count, 0)
         fused = fuse_features(self.head, params.head, state.pending.astype(self.head.jnp_dtype))
         out = self._run(params, near, fused, places, attend_with(visible, state.cache, cached, self.head.kernels))
@@ -227,8 +225,7 @@ class AutoregressiveDrafter:
         hidden, feature = (jnp.take_along_axis(x, at, axis=1) for x in (out.hidden, out.feature))
         best, logp = self._score(params, hidden)  # [B, 1, W]
         cache = state.cache.commit(out.k, out.v, cached, state.pending_count, after=best[:, 0, 0])
-        anchor = jnp.take_along_axis(tokens, position[:, None], axis=1)[:, 0]
-        return (anchor, best[:, 0], logp[:, 0]), feature, replace(state, cache=cache)
+        return (anchor_of(tokens, position), best[:, 0], logp[:, 0]), feature, replace(state, cache=cache)
 
     def _grow(self, params: Params, cache: KVCache, root: tuple[Array, Array, Array], feature: Array,
               position: Array) -> _Pool:

@@ -21,6 +21,7 @@ class KVCache:
 
     @classmethod
     def create(cls, config: TransformerConfig, batch: int, slots: int) -> KVCache:
+        """Zeros for B sequences of at most S tokens, in the model's dtype."""
         shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
         return cls(jnp.zeros(shape, config.jnp_dtype), jnp.zeros(shape, config.jnp_dtype))
 

@@ -21,6 +21,7 @@ KernelBackend = Literal["auto", "reference", "pallas", "pallas_interpret", "trit
 
 
 def require(holds: bool, message: str) -> None:
+    """Raises JetSpecError with this message unless the condition holds."""
     if not holds:
         raise JetSpecError(message)
 
@@ -114,9 +115,11 @@ class TransformerConfig:
 
     @property
     def jnp_dtype(self) -> jnp.dtype:
+        """`dtype` as JAX knows it."""
         return jnp.dtype(self.dtype)
 
     def with_dtype(self, dtype: str):
+        """The same model with parameters and activations of another dtype."""
         return dataclasses.replace(self, dtype=dtype)
 
     def share(self, shards: int):

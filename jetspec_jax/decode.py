@@ -79,6 +79,9 @@ def create_state(decoder: Decoder, batch: int, slots: int, sampler: Sampler, eos
         slots: S; at least the longest length plus the drafter's `max_path`.
         sampler: how tokens are chosen.
         eos: int32 [E], token ids that end a sequence.
+
+    Returns:
+        The state; `run_rounds` on it does nothing.
     """
     zeros = jnp.zeros((batch,), jnp.int32)
     log = jnp.zeros((batch, slots), jnp.int32)
@@ -98,6 +101,9 @@ def prefill(decoder: Decoder, chunk: int, params: Params, sampler: Sampler, toke
         tokens: int32 [R, P], padded on the right.
         count: int32 [R], prompt lengths, at least 1.
         keys: [R] random keys.
+
+    Returns:
+        Caches of R prompts with P slots, and each one's first answer token.
     """
     batch, width = tokens.shape
     visible = causal_bits(batch, chunk)
@@ -133,6 +139,9 @@ def insert(decoder: Decoder, state: DecodeState, prefix: Prefix, rows: Array, to
     Args:
         tokens, count, keys: as given to `prefill`.
         limit: int32 [R], length at which each sequence must end.
+
+    Returns:
+        The state with those rows started; the others keep their bits.
     """
     width = min(tokens.shape[1], state.tokens.shape[1])
     slot = jnp.arange(state.tokens.shape[1], dtype=jnp.int32)[None, :]

@@ -204,6 +204,7 @@ class Run:
         self.compile_start = pair.programs.compile_seconds
 
     def steps(self, requests: list[Request], batch: int, rounds_per_chunk: int | None) -> Iterator[StreamChunk]:
+        """Decodes all requests in `batch` rows; reports after so many rounds, or (None) when a row can be refilled."""
         if not requests:
             return
         slots = bucket(max(r.limit for r in requests) + self.decoder.drafter.max_path, 256)

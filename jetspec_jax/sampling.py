@@ -31,6 +31,7 @@ class Sampler:
 
     @classmethod
     def create(cls, params: SamplingParams, shards: int = 1) -> Sampler:
+        """The settings as operands of a program, so that others compile nothing; `shards` share the vocabulary."""
         greedy = params.temperature == 0
         return cls(temperature=jnp.asarray(params.temperature, jnp.float32),
                    top_k=jnp.asarray(min(params.top_k or 1, 2**31 - 1), jnp.int32),

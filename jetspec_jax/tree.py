@@ -46,6 +46,9 @@ def build_tree(config: TreeConfig, anchor: Array, tokens: Array, logp: Array,
         tokens: int32 [B, G-1, W], the W most likely tokens of each depth, most likely first.
         logp: float [B, G-1, W], their log-probabilities.
         backend: which implementation of the builder.
+
+    Returns:
+        B trees of N node slots each; `size` tells how many are nodes.
     """
     if config.builder == "chain":
         tokens, logp = tokens[:, :, :1], logp[:, :, :1]

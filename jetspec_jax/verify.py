@@ -26,6 +26,9 @@ def accept(tree: DraftTree, verdict: Array, max_path: int) -> AcceptedPath:
         tree: the draft.
         verdict: int32 [B, N], the token that the target puts after each node.
         max_path: R, nodes of the longest possible path (G).
+
+    Returns:
+        The path from the root to that node, and how many nodes of it count.
     """
     nodes = tree.token.shape[1]
     index = jnp.arange(nodes, dtype=jnp.int32)[None, :]

@@ -51,7 +51,8 @@ def test_loading_can_cast(pair, saved):
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"version": 2}, "version 2"), ({"version": None}, "version"), ({"format": "other"}, "foreign"),
-    ({"kind": "engine"}, "unknown kind"), ({"config": {"vocab_size": 3}}, "damaged"), ({"config": None}, "damaged"),
+    ({"kind": "engine"}, "unknown kind"), ({"kind": []}, "unknown kind"),
+    ({"config": {"vocab_size": 3}}, "damaged"), ({"config": None}, "damaged"),
     ({"kind": "head"}, "damaged")])
 def test_foreign_and_newer_versions_are_refused(copy, change, message):
     file = copy / checkpoint.DESCRIPTION
@@ -60,7 +61,7 @@ def test_foreign_and_newer_versions_are_refused(copy, change, message):
         checkpoint.load(copy)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "null"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", "[" * 100_000])
 def test_a_damaged_description_is_refused(copy, text):
     (copy / checkpoint.DESCRIPTION).write_text(text)
     with pytest.raises(JetSpecError, match=r"target"):

@@ -305,7 +305,8 @@ def set_entry(name, **changes):
     (set_entry(NAME, data_offsets=[10**15, 10**15 + 32768]), "overlap or leave gaps"),
     (set_entry(NAME, data_offsets=[0]), "lacks dtype"), (set_entry(NAME, shape=[-1, 64]), "has shape"),
     (set_entry(NAME, shape=[128, 65]), "does not take"), (set_entry(NAME, shape=[2**40, 2**40]), "does not take"),
-    (set_entry(NAME, shape="64"), "has shape"), (set_entry(NAME, dtype="F8_E4M3"), "F8_E4M3"),
+    (set_entry(NAME, shape="64"), "has shape"), (set_entry(NAME, dtype=[]), "has dtype []"),
+    (set_entry(NAME, dtype="F8_E4M3"), "F8_E4M3"),
     (lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 64), "header length"),
     (lambda folder: (folder / "model.safetensors").write_bytes(b"\x10" + bytes(7) + b"[1,2,3,4,5,6,78]"), "not a JSON"),
     (lambda folder: (folder / "model.safetensors").unlink(), "no safetensors")])
@@ -461,7 +462,7 @@ def test_without_a_dtype_the_tensors_decide(tmp_path):
 
 @pytest.mark.parametrize(("dflash", "causal"), [
     ({"causal": True}, True), ({"causal_head": True, "causal": True}, True), ({}, False), ({"causal": "no"}, None),
-    ({"causal_head": False, "causal": True}, None)])
+    ({"causal_head": False, "causal": True}, None), ({"causal_head": [True]}, None)])
 def test_both_spellings_of_the_causal_flag(tmp_path, dflash, causal):
     """And the layer ids' default: eight target layers, three draft layers."""
     source = shutil.copytree(DENSE / "head", tmp_path / "head")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import io
 import json
@@ -16,7 +17,10 @@ import pytest
 
 from experiments import generate_data, train_head, write_prompts
 from jetspec_jax import JetSpecError, SamplingParams, TreeConfig, load_pretrained, suites
+from jetspec_jax.attention import causal_bits
+from jetspec_jax.cache import KVCache
 from jetspec_jax.generate import generate
+from jetspec_jax.target import target_forward
 from jetspec_jax.training import prompts as sources
 from jetspec_jax.training.dataset import Dataset, DatasetInfo, DatasetWriter
 from jetspec_jax.training.log import read_metrics
@@ -24,7 +28,7 @@ from jetspec_jax.training.prompts import Exclusion, collect_prompts
 from jetspec_jax.training.record import Recording, record_answers
 from jetspec_jax.training.templates import CODING, PROBLEMS, STORY_OPENINGS, WORDS, fill
 from jetspec_jax.wheels import WheelFile
-from tests.models import DATA
+from tests.models import DATA, random_pair, tiny_head, tiny_target
 
 QUESTION = "Nora has twelve green apples and gives three of them to her old friend Paul on Monday"
 NOTHING = Exclusion([])
@@ -229,6 +233,86 @@ def test_a_head_is_trained_from_the_command_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(JetSpecError, match="--mask-token-id is needed"):
         run_script(train_head, monkeypatch, "--dataset", tmp_path / "d", "--model", target, "--steps", 1, "--out",
                    tmp_path / "x")
+
+
+class Letters:
+    """Token i is the i-th letter of "abcdefghijklmnopqrstu v"; the chat template is a letter on each side."""
+
+    chat_template = "yes"
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": ["abcdefghijklmnopqrstu v".index(letter) for letter in text]}
+
+    def decode(self, ids, skip_special_tokens=True):
+        return "".join("abcdefghijklmnopqrstu v"[i] for i in ids)
+
+    def apply_chat_template(self, messages, **_):
+        return f"a{messages[-1]['content']}b"
+
+
+def test_answers_are_recorded_from_the_command_line(fake_suites, tmp_path, monkeypatch, capsys):
+    """Killed and started again it goes on; without states training runs the target; foreign texts stay."""
+    target = tiny_target(dtype="float32")
+    pair = dataclasses.replace(random_pair(0, target, tiny_head(target, target_layer_ids=(0, 1))), tokenizer=Letters())
+    monkeypatch.setattr(generate_data, "load", lambda args: pair)
+    monkeypatch.setattr(generate_data, "SHARD", 2)
+    file = write_jsonl(tmp_path / "p.jsonl", [f"{a}{b} stop" for a in "cdef" for b in "gh"])
+    options = ["--model", "tiny", "--source", f"{file}=7", "--batch-size", 2, "--max-new-tokens", 6, "--seed", 3]
+
+    def killed(self, recordings):
+        added(self, recordings)
+        raise KeyboardInterrupt
+
+    added = generate_data.DatasetWriter.add
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(generate_data.DatasetWriter, "add", killed)
+        run_script(generate_data, monkeypatch, *options, "--out", tmp_path / "d")
+    assert len(Dataset([tmp_path / "d"])) == 2
+    run_script(generate_data, monkeypatch, *options, "--out", tmp_path / "d")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["new_answers"] == 5
+    found = Dataset([tmp_path / "d"])
+    assert sorted(found.indices) == list(range(7))
+    for i in range(7):
+        prompt = found.tokens(i)[:found.prompt_lengths[i]].tolist()
+        assert found.tokens(i)[found.prompt_lengths[i]:].tolist() == generate(
+            pair, prompt, tree=None, max_new_tokens=6).token_ids
+        assert Letters().decode(prompt).startswith("a")
+    with pytest.raises(JetSpecError, match="made otherwise"):
+        run_script(generate_data, monkeypatch, *options, "--max-new-tokens", 5, "--out", tmp_path / "d")
+
+    run_script(generate_data, monkeypatch, *options, "--no-states", "--out", tmp_path / "n")
+    bare = Dataset([tmp_path / "n"])
+    assert bare.info.layers == ()
+    order = sorted(range(7), key=lambda i: found.indices[i])
+    assert [bare.tokens(i).tolist() for i in sorted(range(7), key=lambda i: bare.indices[i])] == [
+        found.tokens(i).tolist() for i in order]
+
+    monkeypatch.setattr(generate_data, "conversations", lambda *_: [(f"{a} and", f"{a}s") for a in "cdefgh"])
+    monkeypatch.setitem(sources.SOURCES, "conversations", lambda *_: (f"{a} and" for a in "cdefgh"))
+    run_script(generate_data, monkeypatch, "--model", "tiny", "--source", "conversations=4", "--foreign", "--out",
+               tmp_path / "f")
+    texts = Dataset([tmp_path / "f"])
+    assert sorted(Letters().decode(texts.tokens(i).tolist()) for i in range(4)) == [f"a{a} andb{a}s" for a in "cdef"]
+    assert set(texts.prompt_lengths) == {len("ac andb")}
+    states = record_states(pair, texts.tokens(0).tolist())
+    kept = texts.states(0)[:-1].view(jax.numpy.bfloat16).astype(np.float32)
+    np.testing.assert_allclose(kept, states, rtol=5e-3, atol=5e-3)
+    with pytest.raises(JetSpecError, match="only conversations have foreign answers"):
+        run_script(generate_data, monkeypatch, *options, "--foreign", "--out", tmp_path / "x")
+    chosen = found.select([5, 2])
+    assert (chosen.indices, len(chosen)) == ([5, 2], 2)
+    assert chosen.tokens(0).tolist() == found.tokens(found.indices.index(5)).tolist()
+    with pytest.raises(JetSpecError, match="holds each of them once"):
+        Dataset([tmp_path / "d", tmp_path / "d"]).select([5])
+
+
+def record_states(pair, ids):
+    """Outputs of layers 0 and 1 of one forward over a text, its last token left out."""
+    n = len(ids) - 1
+    out = target_forward(pair.target_config, pair.params.target, jax.numpy.asarray([ids[:n]], "int32"),
+                         jax.numpy.arange(n, dtype="int32")[None], causal_bits(1, n),
+                         KVCache.create(pair.target_config, 1, 1), jax.numpy.zeros((1,), "int32"), (0, 1))
+    return np.asarray(out.tapped[0], np.float32)
 
 
 def test_prompts_that_the_target_writes(fake_suites, tmp_path, monkeypatch, capsys):

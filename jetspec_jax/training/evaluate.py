@@ -74,4 +74,5 @@ class HeldOut:
 
 
 def name_of(tree: TreeConfig) -> str:
+    """What the metrics call a tree: accept_chain, accept_accum_logp_64."""
     return "accept_chain" if tree.builder == "chain" else f"accept_{tree.builder}_{tree.budget}"

@@ -15,19 +15,22 @@ class MetricsLog:
 
     def __init__(self, folder: Path, step: int) -> None:
         self.file = folder / "metrics.jsonl"
-        kept = [entry for entry in read_metrics(self.file) if entry["step"] <= step] if self.file.exists() else []
+        kept = read_metrics(self.file) if self.file.exists() and step else []  # step 0 is logged anew
+        kept = [entry for entry in kept if entry["step"] <= step]
         partial = self.file.with_name(".metrics.jsonl")
         partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         partial.rename(self.file)
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def add(self, step: int, values: dict[str, float]) -> None:
+        """One entry, on the disk when this returns."""
         with self.file.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Writes the events that TensorBoard's writer still holds."""
         self._events.close()
 
 
