@@ -1,5 +1,6 @@
 """Checkpoints: saved whole or not at all, loaded only when they are what they say."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 
 from jetspec_jax import JetSpecError, checkpoint
+from jetspec_jax.head import head_shapes
+from jetspec_jax.target import target_shapes
 from tests.models import random_pair, tiny_head, tiny_target
 
 
@@ -66,6 +69,22 @@ def test_a_damaged_description_is_refused(copy, text):
     (copy / checkpoint.DESCRIPTION).write_text(text)
     with pytest.raises(JetSpecError, match=r"target"):
         checkpoint.load(copy)
+
+
+def test_too_little_memory_is_no_damage(copy, monkeypatch):
+    def full(params):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 65 bytes.\nat length")
+
+    monkeypatch.setattr(checkpoint.jax, "block_until_ready", full)
+    with pytest.raises(JetSpecError, match=r"does not fit into the memory that is free \(RESOURCE_EXHAUSTED: Out of"):
+        checkpoint.load(copy)
+
+
+def test_shapes_are_known_whatever_kernels_are_asked_for(pair):
+    """Finding them runs no kernel, which would refuse so small a cache."""
+    for config, shapes in ((pair.target_config, target_shapes), (pair.head_config, head_shapes)):
+        kernels = dataclasses.replace(config, kernels="pallas")
+        assert shapes(kernels) == shapes(config)
 
 
 def test_missing_arrays_are_refused(copy):

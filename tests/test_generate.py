@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jetspec_jax.generate
 from jetspec_jax import JetSpecError, SamplingParams, TreeConfig
 from jetspec_jax.decode import Decoder, create_state, decode_round, insert, prefill
 from jetspec_jax.draft import HeadDrafter, NoDrafter
@@ -44,6 +45,23 @@ def prompts():
 
 def ids(outs):
     return [out.token_ids for out in outs]
+
+
+def test_long_prompts_are_read_in_turns_of_their_own(pair, prompts, monkeypatch):
+    """Prompts read together take the longest one's room: the product is bounded, and no token changes."""
+    expected = ids(generate(pair, prompts, max_new_tokens=5, batch_size=8, tree=TREE))
+    turns, read = [], Run._read
+
+    def spy(self, state, started):
+        turns.append([len(request.ids) for request in started.values()])
+        return read(self, state, started)
+
+    monkeypatch.setattr(Run, "_read", spy)
+    monkeypatch.setattr(jetspec_jax.generate, "PROMPT_TOKENS", 60)
+    assert ids(generate(pair, prompts, max_new_tokens=5, batch_size=8, tree=TREE)) == expected
+    assert sorted(length for turn in turns for length in turn) == sorted(map(len, prompts))
+    assert all(len(turn) * max(turn) <= 60 or len(turn) == 1 for turn in turns)
+    assert max(map(len, turns)) > 1
 
 
 @pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(1.0)])

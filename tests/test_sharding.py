@@ -29,6 +29,7 @@ from jetspec_jax.head import head_shapes
 from jetspec_jax.sampling import Sampler, argmax_everywhere, warp
 from jetspec_jax.sharding import connect, make_mesh, named_map, over_mesh, put
 from jetspec_jax.target import target_shapes
+from jetspec_jax.training.record import record_answers
 from tests.models import DATA as RECORDED
 from tests.models import on_mesh, random_pair, random_params, tiny_head, tiny_moe, tiny_target
 
@@ -257,6 +258,8 @@ def test_bad_meshes_are_refused(pair, saved):
     spread = on_mesh(pair, make_mesh(1, 4))
     with pytest.raises(JetSpecError, match="batch_size 3 is not a multiple of the mesh's 4 groups"):
         generate(spread, [[1]] * 5, batch_size=3)
+    with pytest.raises(JetSpecError, match="answers are recorded on one device"):
+        next(record_answers(spread, [[1]], (0,), max_new_tokens=2, batch_size=1, sampling=SamplingParams(), seed=0))
 
 
 def test_processes_that_do_not_fit_are_refused():
