@@ -1,0 +1,153 @@
+"""What a head would accept on the benchmark suites, with every builder and budget, from one plain greedy answer each.
+
+    python experiments/replay.py --suite gsm8k --suite mt_bench --limit 32 --budgets 16,64
+    python experiments/replay.py --head runs/head/head --out out/replay
+
+Tree decoding changes no token, so the answer that plain decoding writes is the path that the target would accept: the
+head drafts a tree at every position of it, and the rounds are walked from one accepted path to the next. No tree is
+verified, which makes this some ten times faster than benchmark.py and fit for many prompts; only benchmark.py measures
+time. A round at the end of an answer counts the tokens that are left. With --out, results.json, results.md and
+replay.png are written there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from experiments.benchmark import parse_budgets, pick
+from experiments.common import add_pair_arguments, check_output, load, run_main, write_text
+from experiments.plots import Line, Panel, save_plot
+from jetspec_jax import HeadConfig, JetSpecError, Pair, SamplingParams, TreeConfig
+from jetspec_jax.config import TREE_WIDTHS, Builder
+from jetspec_jax.pretrained import cache_folder
+from jetspec_jax.suites import SUITES, suite_messages
+from jetspec_jax.training.batches import Batches
+from jetspec_jax.training.config import TrainConfig
+from jetspec_jax.training.dataset import Dataset, DatasetInfo, DatasetWriter
+from jetspec_jax.training.evaluate import accepted_on
+from jetspec_jax.training.record import record_answers
+
+CHAIN = "jetspec-chain"
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    for option, least in (("limit", 1), ("max_new_tokens", 2), ("batch_size", 1)):
+        if getattr(args, option) < least:
+            raise JetSpecError(f"--{option.replace('_', '-')} must be at least {least}, not {getattr(args, option)}")
+    check_output(args.out)
+    trees = trees_of(parse_budgets(args.budgets))
+    suites = {name: pick(suite_messages(name, cache_folder() / "sources"), args.limit) for name in args.suite or SUITES}
+    pair = load(args)
+    if not isinstance(pair.head_config, HeadConfig):
+        raise JetSpecError("this needs a target with a parallel draft head: name one with --head")
+    rows: list[dict[str, Any]] = []
+    for suite, messages in suites.items():
+        with tempfile.TemporaryDirectory() as folder:
+            dataset = record(pair, [pair.chat(m) for m in messages], Path(folder), suite, args)
+            rows += walk(pair, dataset, trees, suite, args.max_new_tokens)
+        if args.out is not None:
+            write_results(args.out, rows)
+    print(markdown(rows))
+    if args.json:
+        print(json.dumps({"rows": rows}))
+
+
+def trees_of(budgets: list[int]) -> dict[tuple[str, int], TreeConfig]:
+    """By the names of benchmark.py; a chain has one budget, 0."""
+    trees = {(CHAIN, 0): TreeConfig("chain")}
+    builders: tuple[tuple[str, Builder], ...] = (("jetspec", "accum_logp"), ("jetspec-best-first", "best_first"))
+    for name, builder in builders:
+        for budget in budgets:
+            trees[name, budget] = TreeConfig(builder, TREE_WIDTHS[builder], budget)
+    return trees
+
+
+def record(pair: Pair, prompts: list[str], folder: Path, suite: str, args: argparse.Namespace) -> Dataset:
+    """The target's greedy answers with the states that the head reads."""
+    target, head = pair.target_config, pair.head_config
+    assert isinstance(head, HeadConfig)
+    layers = tuple(dict.fromkeys((*head.target_layer_ids, target.num_layers - 1)))
+    answers = record_answers(pair, prompts, layers, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size,
+                             sampling=SamplingParams(), seed=0)
+    found = list(tqdm(answers, total=len(prompts), desc=f"{suite}: plain answers", unit="answer", leave=False))
+    DatasetWriter(folder, DatasetInfo(args.model, layers, target.hidden_size, target.vocab_size, {})).add(found)
+    return Dataset([folder])
+
+
+def walk(pair: Pair, dataset: Dataset, trees: dict[tuple[str, int], TreeConfig], suite: str,
+         max_new_tokens: int) -> list[dict[str, Any]]:
+    """Rounds of every tree over all answers. The first token of an answer comes from its prompt, not from a round."""
+    head = pair.head_config
+    assert isinstance(head, HeadConfig)
+    width = -(-max(len(dataset.tokens(i)) for i in range(len(dataset))) // 64) * 64
+    batches = Batches(dataset, TrainConfig(steps=1, row_tokens=width, anchors=max_new_tokens))
+    accepted = jax.jit(partial(accepted_on, pair.target_config, head, tuple(trees.values()), dataset.info.layers))
+    rounds, tokens = (np.zeros(len(trees), np.int64) for _ in range(2))
+    for i in tqdm(batches.train.tolist(), desc=f"{suite}: trees", unit="answer", leave=False):
+        batch = batches.assemble([[i]], np.random.default_rng(0))
+        counts = np.asarray(accepted(pair.params.head, pair.params.target, batch))[:, 0]  # at every token but the last
+        steps = len(dataset.tokens(i)) - dataset.prompt_lengths[i] - 1
+        for t, count in enumerate(counts):
+            at = 0
+            while at < steps:
+                rounds[t] += 1
+                at += count[at]
+            tokens[t] += steps  # the free token of the last round may lie beyond the end
+    return [{"suite": suite, "method": name, "budget": budget, "prompts": len(dataset), "tokens": int(tokens[t]),
+             "rounds": int(rounds[t]), "accepted_length": float(tokens[t] / max(rounds[t], 1))}
+            for t, (name, budget) in enumerate(trees)]
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """A line per suite and method, a column per budget."""
+    budgets = sorted({row["budget"] for row in rows if row["budget"]})
+    lines = ["| suite | prompts | method | " + " | ".join(map(str, budgets)) + " |", "|---" * (len(budgets) + 3) + "|"]
+    for suite, prompts in dict.fromkeys((row["suite"], row["prompts"]) for row in rows):
+        mine = {(row["method"], row["budget"]): f"{row['accepted_length']:.2f}"
+                for row in rows if row["suite"] == suite}
+        for method in dict.fromkeys(method for method, _ in mine):
+            cells = [mine[method, 0]] + [""] * (len(budgets) - 1) if method == CHAIN else [
+                mine[method, budget] for budget in budgets]
+            lines.append(f"| {suite} | {prompts} | {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_results(folder: Path, rows: list[dict[str, Any]]) -> None:
+    write_text(folder / "results.json", json.dumps({"rows": rows}, indent=1) + "\n")
+    write_text(folder / "results.md", markdown(rows) + "\n")
+    panels = []
+    for suite in dict.fromkeys(row["suite"] for row in rows):
+        mine = [row for row in rows if row["suite"] == suite and row["budget"]]
+        panels.append(Panel("tree budget (nodes)", "accepted tokens a round", [
+            Line(method, [row["budget"] for row in mine if row["method"] == method],
+                 [row["accepted_length"] for row in mine if row["method"] == method])
+            for method in dict.fromkeys(row["method"] for row in mine)], title=suite, log_x=True))
+    save_plot(folder / "replay.png", [panels])
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_pair_arguments(parser)
+    parser.add_argument("--suite", action="append", metavar="NAME|FILE.jsonl",
+                        help=f'{", ".join(SUITES)}, or a file of lines {{"prompt": ...}}; repeatable (default: all)')
+    parser.add_argument("--budgets", default="16,32,64,128,256", metavar="N,N,...", help="default %(default)s")
+    parser.add_argument("--limit", type=int, default=32, help="prompts of each suite (default %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="default %(default)s")
+    parser.add_argument("--batch-size", type=int, default=32, help="default %(default)s")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="results.json, results.md and replay.png")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    return parser
+
+
+if __name__ == "__main__":
+    run_main(main)
