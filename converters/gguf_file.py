@@ -39,7 +39,7 @@ class GGUFFile:
             self.config = self._read_config()
         except JetSpecError:
             raise
-        except (TypeError, ValueError, AttributeError) as error:  # a list or a text where a number belongs
+        except Exception as error:  # a list or a text where a number belongs, a tensor without a second axis
             raise JetSpecError(f"{file}: its metadata is not that of a supported model: {error}") from error
         names = {gguf_name(part.name): part.name for slot in target_slots(self.config) for part in slot.parts}
         self._tensors: dict[str, Any] = {}

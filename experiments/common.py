@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -116,6 +117,8 @@ def check_output(folder: Path | None) -> None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, "no permission to write into it")
     except OSError as error:
         raise JetSpecError(f"{folder} cannot be a folder for results: {error.strerror}; name another") from error
 

@@ -229,7 +229,7 @@ def branch_gaps(target: TargetConfig, head: HeadConfig, layers: tuple[int, ...],
         offset = places - position[anchor] - 1
         text = jnp.where((offset >= 0) & (offset < depths), chain[jnp.clip(offset, 0, depths - 1)], text)
         out = target_forward(target, target_params, text[None], places[None], causal_bits(1, row.shape[0]),
-                             KVCache.create(target, 1, 1), jnp.zeros((1,), jnp.int32))
+                             KVCache.create(target, 1, 16), jnp.zeros((1,), jnp.int32))
         scored = out.hidden[0, position[anchor] + jnp.arange(depths, dtype=jnp.int32)]
         log_p = jax.nn.log_softmax(target_logits(target, target_params, scored), axis=-1)
         theirs = jnp.sum(jnp.take_along_axis(log_p, chain[:, None], axis=-1))

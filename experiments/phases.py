@@ -71,7 +71,7 @@ def phases_of_a_round(pair: Pair, drafter: HeadDrafter, state: DecodeState) -> d
     tree = grow(anchor, logits)
     out, verdicts = verify(params, state, tree, position)
     path = decide(state, tree, verdicts, position)
-    end = commits(pair, drafter, state, out, path, tree.size)
+    end = commits(drafter, state, out, path, tree.size)
     # Donated arguments are handed over, as in the loop, so that a phase pays for what it writes and not for a copy.
     held: dict[str, Any] = jax.tree.map(jnp.copy, {"head": state.drafter.cache, "state": state})
 
@@ -90,7 +90,7 @@ def phases_of_a_round(pair: Pair, drafter: HeadDrafter, state: DecodeState) -> d
             "accept": lambda: decide(state, tree, verdicts, position), "commit": end, "round": timed_whole}
 
 
-def commits(pair: Pair, drafter: Drafter, state: DecodeState, out: Any, path: Any, sizes: Any) -> Callable[[], Any]:
+def commits(drafter: Drafter, state: DecodeState, out: Any, path: Any, sizes: Any) -> Callable[[], Any]:
     """What ends a round: the accepted path into the target's cache, its states to the drafter, its tokens noted."""
     def finish(cache: Any, draft: Any, state: Any, out: Any, path: Any, sizes: Any, position: Any) -> Any:
         new = record(state, path, path.count, sizes)
@@ -101,9 +101,10 @@ def commits(pair: Pair, drafter: Drafter, state: DecodeState, out: Any, path: An
 
     end = compiled(finish, donate_argnums=(0, 1))
     held: list[Any] = jax.tree.map(jnp.copy, [state.cache, state.drafter])
+    position = state.length - 1
 
     def timed() -> Any:
-        *held[:], rest = end(*held, state, out, path, sizes, state.length - 1)
+        *held[:], rest = end(*held, state, out, path, sizes, position)
         return rest
 
     return timed
@@ -145,4 +146,4 @@ def phases_of_any_round(pair: Pair, drafter: Drafter, state: DecodeState) -> dic
     path = decide(state, tree, verdicts, position)
     return {"draft": lambda: propose(params, state, position), "verify": lambda: verify(params, state, tree, position),
             "accept": lambda: decide(state, tree, verdicts, position),
-            "commit": commits(pair, drafter, state, out, path, tree.size)}
+            "commit": commits(drafter, state, out, path, tree.size)}

@@ -6,8 +6,9 @@
 Tree decoding changes no token, so the answer that plain decoding writes is the path that the target would accept: the
 head drafts a tree at every position of it, and the rounds are walked from one accepted path to the next. No tree is
 verified, which makes this some ten times faster than benchmark.py and fit for many prompts; only benchmark.py measures
-time. A round at the end of an answer counts the tokens that are left. With --out, results.json, results.md and
-replay.png are written there.
+time. A round at the end of an answer counts the tokens that are left; the recorded states are bfloat16, so that
+near-ties of the head may fall otherwise than in float32 decoding. With --out, results.json, results.md and replay.png
+are written there.
 """
 
 from __future__ import annotations
@@ -36,8 +37,6 @@ from jetspec_jax.training.dataset import Dataset, DatasetInfo, DatasetWriter
 from jetspec_jax.training.evaluate import accepted_on
 from jetspec_jax.training.record import record_answers
 
-CHAIN = "jetspec-chain"
-
 
 def main() -> None:
     args = build_parser().parse_args()
@@ -45,11 +44,12 @@ def main() -> None:
         if getattr(args, option) < least:
             raise JetSpecError(f"--{option.replace('_', '-')} must be at least {least}, not {getattr(args, option)}")
     check_output(args.out)
-    trees = trees_of(parse_budgets(args.budgets))
     suites = {name: pick(suite_messages(name, cache_folder() / "sources"), args.limit) for name in args.suite or SUITES}
     pair = load(args)
-    if not isinstance(pair.head_config, HeadConfig):
+    head = pair.head_config
+    if not isinstance(head, HeadConfig):
         raise JetSpecError("this needs a target with a parallel draft head: name one with --head")
+    trees = trees_of(head, parse_budgets(args.budgets))
     rows: list[dict[str, Any]] = []
     for suite, messages in suites.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -62,11 +62,13 @@ def main() -> None:
         print(json.dumps({"rows": rows}))
 
 
-def trees_of(budgets: list[int]) -> dict[tuple[str, int], TreeConfig]:
-    """By the names of benchmark.py; a chain has one budget, 0."""
-    trees = {(CHAIN, 0): TreeConfig("chain")}
-    builders: tuple[tuple[str, Builder], ...] = (("jetspec", "accum_logp"), ("jetspec-best-first", "best_first"))
-    for name, builder in builders:
+def trees_of(head: HeadConfig, budgets: list[int]) -> dict[tuple[str, int], TreeConfig]:
+    """By method and budget; the methods have benchmark.py's names where it knows them. A chain has one budget, 0."""
+    names: dict[Builder, str] = {"chain": "jetspec-chain", "accum_logp": "jetspec", "best_first": "jetspec-best-first"}
+    if not head.causal:
+        names = {"chain": "dflash", "accum_logp": "bidirectional accum_logp", "best_first": "ddtree"}
+    trees = {(names.pop("chain"), 0): TreeConfig("chain", 1, head.block_size)}
+    for builder, name in names.items():
         for budget in budgets:
             trees[name, budget] = TreeConfig(builder, TREE_WIDTHS[builder], budget)
     return trees
@@ -89,6 +91,8 @@ def walk(pair: Pair, dataset: Dataset, trees: dict[tuple[str, int], TreeConfig],
     """Rounds of every tree over all answers. The first token of an answer comes from its prompt, not from a round."""
     head = pair.head_config
     assert isinstance(head, HeadConfig)
+    if all(len(dataset.tokens(i)) - length < 2 for i, length in enumerate(dataset.prompt_lengths)):
+        raise JetSpecError(f"every answer of {suite} ended at once: there is no round to replay")
     width = -(-max(len(dataset.tokens(i)) for i in range(len(dataset))) // 64) * 64
     batches = Batches(dataset, TrainConfig(steps=1, row_tokens=width, anchors=max_new_tokens))
     accepted = jax.jit(partial(accepted_on, pair.target_config, head, tuple(trees.values()), dataset.info.layers))
@@ -104,7 +108,7 @@ def walk(pair: Pair, dataset: Dataset, trees: dict[tuple[str, int], TreeConfig],
                 at += count[at]
             tokens[t] += steps  # the free token of the last round may lie beyond the end
     return [{"suite": suite, "method": name, "budget": budget, "prompts": len(dataset), "tokens": int(tokens[t]),
-             "rounds": int(rounds[t]), "accepted_length": float(tokens[t] / max(rounds[t], 1))}
+             "rounds": int(rounds[t]), "accepted_length": float(tokens[t] / rounds[t])}
             for t, (name, budget) in enumerate(trees)]
 
 
@@ -116,8 +120,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         mine = {(row["method"], row["budget"]): f"{row['accepted_length']:.2f}"
                 for row in rows if row["suite"] == suite}
         for method in dict.fromkeys(method for method, _ in mine):
-            cells = [mine[method, 0]] + [""] * (len(budgets) - 1) if method == CHAIN else [
-                mine[method, budget] for budget in budgets]
+            chain = (method, 0) in mine
+            cells = [mine[method, 0]] + [""] * (len(budgets) - 1) if chain else [mine[method, b] for b in budgets]
             lines.append(f"| {suite} | {prompts} | {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

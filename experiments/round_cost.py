@@ -43,7 +43,7 @@ def against_transformers(pair: Pair, tokens: int, repeats: int) -> dict[str, flo
         peer = generate_peer(model, ids, tokens)
         peers.append(tokens / (time.perf_counter() - start))
         if i == 0 and answer.token_ids != peer:
-            print("note: the two token sequences differ (float32 near-tie)")
+            print("note: the two token sequences differ (a near-tie that rounding decided)")
     return {"ours": statistics.median(ours[1:]), "transformers": statistics.median(peers[1:]),
             "ratio": statistics.median(a / b for a, b in zip(ours[1:], peers[1:], strict=True))}
 

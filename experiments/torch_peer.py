@@ -38,7 +38,9 @@ def torch_model(pair: Pair) -> tuple[Any, Callable[..., list[int]]]:
     weights = {name: torch.from_numpy(np.array(value, np.float32))
                for name, value in take_apart(pair.params.target, target_slots(config, fused_experts=True))}
     model.load_state_dict(weights, strict=not config.tie_embeddings)
-    model.eval().to(device="cuda" if on_gpu else "cpu", dtype=getattr(torch, config.dtype) if on_gpu else torch.float32)
+    model.eval().to("cuda" if on_gpu else "cpu")
+    for parameter in model.parameters():  # not the buffers: rotary frequencies stay float32, as ours are
+        parameter.data = parameter.data.to(getattr(torch, config.dtype) if on_gpu else torch.float32)
 
     def generate(model: Any, ids: list[int], tokens: int, **options: Any) -> list[int]:
         prompt = torch.tensor([ids], device=model.device)

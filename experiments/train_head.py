@@ -155,7 +155,7 @@ def starting_point(args: argparse.Namespace, target: TargetConfig, params: dict,
         target_layer_ids=default_target_layer_ids(target.num_layers, 5), num_target_layers=target.num_layers,
         mask_token_id=mask)
     if args.autoregressive:
-        return autoregressive_start(args, shape, params, seed)
+        return autoregressive_start(args, shape, seed)
     head = dataclasses.replace(shape, num_layers=shape.num_layers if args.layers is None else args.layers,
                                mask_token_id=mask, dtype="float32", causal=not args.bidirectional,
                                block_size=shape.block_size if args.block_size is None else args.block_size)
@@ -163,7 +163,7 @@ def starting_point(args: argparse.Namespace, target: TargetConfig, params: dict,
     return head, (head_from_target(target, head, params, key) if args.init == "target" else init_head(head, key))
 
 
-def autoregressive_start(args: argparse.Namespace, shape: HeadConfig, params: dict,
+def autoregressive_start(args: argparse.Namespace, shape: HeadConfig,
                          seed: int) -> tuple[AutoregressiveHeadConfig, dict]:
     """One layer unless told otherwise, at random (its rows read something else than the target's layers do)."""
     shared = {f.name: getattr(shape, f.name) for f in dataclasses.fields(AutoregressiveHeadConfig)}

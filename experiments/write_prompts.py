@@ -37,8 +37,8 @@ def main() -> None:
     if not args.temperature:
         raise JetSpecError("--temperature 0 would write one prompt again and again")
     check_output(args.out.parent)
-    if args.out.is_dir():
-        raise JetSpecError(f"--out {args.out} is a folder: name a file")
+    if args.out.exists():
+        raise JetSpecError(f"--out {args.out} is there already: delete it, or name another file")
     exclusion = suite_exclusion(cache_folder() / "sources")
     add_compile_cache()
     pair = load_pretrained(args.model, None, dtype=args.dtype)
@@ -46,13 +46,15 @@ def main() -> None:
     prompts: dict[str, None] = {}
     with tqdm(total=args.count, unit="prompt") as bar:
         for wave in range(MAX_WAVES):
-            missing = args.count - len(prompts)
-            openings = [fill(rng.choice(STORY_OPENINGS), rng) if args.stories else "" for _ in range(missing)]
+            # Never fewer than fill the batch: other sizes would be compiled anew.
+            attempts = max(args.count - len(prompts), args.batch_size)
+            openings = [fill(rng.choice(STORY_OPENINGS), rng) if args.stories else "" for _ in range(attempts)]
             seed = args.seed * MAX_WAVES + wave
             written = user_turns(pair, openings, sampling, seed, args.max_tokens, args.batch_size)
             for turn in suitable(written, exclusion):
-                prompts.setdefault(turn)
-                bar.update(len(prompts) - bar.n)
+                if len(prompts) < args.count:
+                    prompts.setdefault(turn)
+                    bar.update(len(prompts) - bar.n)
             if prompts:  # a run that is cut short leaves what it has
                 write_text(args.out, "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
             if len(prompts) == args.count:
@@ -68,7 +70,7 @@ def user_turns(pair: Pair, openings: list[str], sampling: SamplingParams, seed: 
     """What the target writes as a user after each opening; turns that it did not end are left out."""
     before = pair.chat("\N{OBJECT REPLACEMENT CHARACTER}").partition("\N{OBJECT REPLACEMENT CHARACTER}")[0]
     for chunk in stream(pair, [before + opening for opening in openings], tree=None, sampling=sampling, seed=seed,
-                        max_new_tokens=max_tokens, batch_size=min(batch_size, len(openings))):
+                        max_new_tokens=max_tokens, batch_size=batch_size):
         if chunk.result is not None and chunk.result.finish_reason == "stop":
             yield (openings[chunk.index] + (chunk.result.text or "")).strip()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +33,7 @@ DEFAULT_SAMPLING = SamplingParams()
 DEFAULT_BATCH = 8
 PROMPT_CHUNK = 256  # prompt tokens per forward
 PROMPT_ROWS = 8  # prompts read together
-PROMPT_TOKENS = 16384  # that they may take together, each as long as the longest
+PROMPT_TOKENS = 16384  # that they may take together, padding included
 STREAM_ROUNDS = 4  # rounds between two fetches of a stream
 
 Prompt = str | Sequence[int]
@@ -239,16 +239,25 @@ class Run:
         free = deque(sorted((b for b, request in enumerate(rows) if request is None), key=lambda b: b % share))
         while waiting and free:
             started: dict[int, Request] = {}
-            longest = 0
             while waiting and free and len(started) < PROMPT_ROWS * groups:
-                longest = max(longest, len(waiting[0].ids))
-                if started and (len(started) + 1) * longest > PROMPT_TOKENS * groups:
+                wider = {**started, free[0]: waiting[0]}
+                size, _, width = self._room(wider, share)
+                if started and size * width > PROMPT_TOKENS:
                     break
-                started[free.popleft()] = waiting.popleft()
+                started = wider
+                free.popleft(), waiting.popleft()
             state = self._read(state, started)
             for b, request in started.items():
                 rows[b] = request
         return state
+
+    def _room(self, started: dict[int, Request], share: int) -> tuple[int, int, int]:
+        """What prompts take on every group of devices: (sequences, tokens a forward, tokens of each), in few sizes."""
+        members = Counter(b // share for b in started)
+        longest = max(len(request.ids) for request in started.values())
+        chunk = min(PROMPT_CHUNK, 1 << max(5, (longest - 1).bit_length()))
+        width = bucket(longest, chunk) if chunk == PROMPT_CHUNK else chunk
+        return 1 << (max(members.values()) - 1).bit_length(), chunk, -(-width // chunk) * chunk
 
     def _read(self, state: DecodeState, started: dict[int, Request]) -> DecodeState:
         """Runs prompts through target and drafter and puts them into their rows."""
@@ -256,12 +265,7 @@ class Run:
         share = state.length.shape[0] // groups  # rows of a group
         start, compiled_before = time.perf_counter(), programs.compile_seconds
         by_group = [[b for b in started if b // share == group] for group in range(groups)]
-        # Padded to a power of two with one-token prompts that are dropped.
-        size = 1 << (max(len(members) for members in by_group) - 1).bit_length()
-        longest = max(len(request.ids) for request in started.values())
-        chunk = min(PROMPT_CHUNK, 1 << max(5, (longest - 1).bit_length()))
-        width = bucket(longest, chunk) if chunk == PROMPT_CHUNK else chunk
-        width = -(-width // chunk) * chunk
+        size, chunk, width = self._room(started, share)  # padded with one-token prompts that are dropped
         tokens, count = np.zeros((groups * size, width), np.int32), np.ones((groups * size,), np.int32)
         limit, row, index = count.copy(), np.full_like(count, share), np.zeros(count.shape, np.uint32)
         for group, members in enumerate(by_group):

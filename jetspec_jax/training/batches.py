@@ -52,6 +52,12 @@ class Batches:
         counts = np.zeros((dataset.info.vocab_size,), np.int64)
         for i in self.train:
             counts += np.bincount(dataset.tokens(i), minlength=counts.size)
+        held_out_tokens = {token for i in self.held_out for token in dataset.tokens(i).tolist()}
+        distinct = len({0, *np.flatnonzero(counts).tolist(), *held_out_tokens})  # 0 is padding
+        most = min(distinct, config.rows * config.row_tokens)
+        if config.vocab_subset is not None and config.vocab_subset < most:
+            raise JetSpecError(f"vocab_subset {config.vocab_subset} is too small for batches that may hold {most} "
+                               "different tokens: raise it, or lower row_tokens")
         self._frequent = np.argsort(-counts, kind="stable")
         self._plan = lru_cache(maxsize=2)(self._pack_epoch)
 
@@ -122,9 +128,6 @@ class Batches:
         if size is None or size >= vocab:
             return np.zeros((0,), np.int32)
         own = np.unique(tokens)
-        if own.size > size:
-            raise JetSpecError(f"vocab_subset {size} is smaller than the {own.size} tokens that one batch holds: "
-                               "raise it")
         frequent = self._frequent[:size * 3 // 4]
         ranked = np.concatenate([own, frequent[:size - own.size], rng.permutation(vocab)])
         _, first = np.unique(ranked, return_index=True)
