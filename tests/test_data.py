@@ -331,13 +331,14 @@ def test_prompts_that_the_target_writes(fake_suites, tmp_path, monkeypatch, caps
     monkeypatch.setattr(write_prompts, "stream", stream)
     monkeypatch.setattr(write_prompts, "load_pretrained", lambda *_, **__: SimpleNamespace(
         chat=lambda message: f"<user>{message}</user><answer>"))
-    run_script(write_prompts, monkeypatch, "--out", tmp_path / "own.jsonl", "--count", 2)
+    run_script(write_prompts, monkeypatch, "--out", tmp_path / "own.jsonl", "--count", 2, "--batch-size", 2)
     found = [json.loads(line) for line in (tmp_path / "own.jsonl").read_text().splitlines()]
     assert found == [{"prompt": "Tell me about rivers."}, {"prompt": "Name three large lakes."}]
     assert all(prompt == "<user>" for prompts, _ in asked for prompt in prompts)
     assert len({seed for _, seed in asked}) == len(asked) > 1
 
-    run_script(write_prompts, monkeypatch, "--out", tmp_path / "stories.jsonl", "--count", 2, "--stories")
+    run_script(write_prompts, monkeypatch, "--out", tmp_path / "stories.jsonl", "--count", 2, "--stories",
+               "--batch-size", 2)
     stories = [json.loads(line)["prompt"] for line in (tmp_path / "stories.jsonl").read_text().splitlines()]
     assert not {"Tell me about rivers.", "Name three large lakes."} & set(stories)  # each goes on from an opening
     assert all(len(prompt) > len("<user>") for prompt in asked[-1][0])
@@ -345,6 +346,8 @@ def test_prompts_that_the_target_writes(fake_suites, tmp_path, monkeypatch, caps
     with pytest.raises(JetSpecError, match="only 0 of 3 prompts"):
         run_script(write_prompts, monkeypatch, "--out", tmp_path / "none.jsonl", "--count", 3)
     assert not (tmp_path / "none.jsonl").exists()
+    with pytest.raises(JetSpecError, match=r"own\.jsonl is there already"):
+        run_script(write_prompts, monkeypatch, "--out", tmp_path / "own.jsonl", "--count", 3)
     with pytest.raises(JetSpecError, match="again and again"):
         run_script(write_prompts, monkeypatch, "--out", tmp_path / "x", "--count", 3, "--temperature", 0)
 
