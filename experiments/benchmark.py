@@ -20,7 +20,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments.common import add_pair_arguments, add_tree_width, check_output, load, run_main, tree_of, write_text
+from experiments.common import (
+    add_pair_arguments,
+    add_tree_width,
+    check_output,
+    load,
+    require_at_least,
+    run_main,
+    tree_of,
+    write_text,
+)
 from experiments.decode import summarize
 from experiments.peers import PEERS, Peer, PeerAnswer
 from experiments.phases import ready_state, shares
@@ -62,9 +71,7 @@ class Method:
 def main() -> None:
     args = build_parser().parse_args()
     budgets, names = parse_budgets(args.budgets), parse_methods(args.methods)
-    for option, least in (("limit", 1), ("max_new_tokens", 2), ("repeats", 1)):
-        if getattr(args, option) < least:
-            raise JetSpecError(f"--{option.replace('_', '-')} must be at least {least}, not {getattr(args, option)}")
+    require_at_least(args, limit=1, max_new_tokens=2, repeats=1)
     check_output(args.out)
     sampling = SamplingParams(args.temperature)
     suites = {name: pick(suite_messages(name, cache_folder() / "sources"), args.limit) for name in args.suite}
@@ -233,20 +240,25 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", default="jetspec,lookup", metavar="A,B,...",
                         help="; ".join(f"{name}: {what}" for name, what in METHODS.items())
                              + f"; peers (extra `parity`): {', '.join(PEERS)} (default %(default)s)")
-    parser.add_argument("--budgets", default="16,32,64,128,256", metavar="N,N,...", help="default %(default)s")
+    add_sample_arguments(parser, limit=16, plot="scaling.png")
     add_tree_width(parser)
     parser.add_argument("--bidirectional-head", metavar="PATH", help="for dflash and ddtree")
     parser.add_argument("--autoregressive-head", metavar="PATH", help="for eagle3")
     parser.add_argument("--lookup-ngram", type=int, default=3, help="default %(default)s")
     parser.add_argument("--lookup-length", type=int, default=7, help="default %(default)s")
-    parser.add_argument("--limit", type=int, default=16, help="prompts of each suite (default %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="default %(default)s")
     parser.add_argument("--temperature", type=float, default=0.0, help="default greedy")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=5, help="timings per phase (default %(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="results.json, results.md and scaling.png")
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return parser
+
+
+def add_sample_arguments(parser: argparse.ArgumentParser, limit: int, plot: str) -> None:
+    """How much of every suite is decoded with which budgets, and where the results go."""
+    parser.add_argument("--budgets", default="16,32,64,128,256", metavar="N,N,...", help="default %(default)s")
+    parser.add_argument("--limit", type=int, default=limit, help="prompts of each suite (default %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="default %(default)s")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"results.json, results.md and {plot}")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
 
 
 if __name__ == "__main__":

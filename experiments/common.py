@@ -107,6 +107,13 @@ def load(args: argparse.Namespace, mesh: Mesh | None = None) -> Pair:
     return load_pretrained(args.model, args.head, dtype=args.dtype, mesh=mesh)
 
 
+def require_at_least(args: argparse.Namespace, **least: int) -> None:
+    """Raises JetSpecError for an option below its smallest value: `limit=1` is --limit."""
+    for name, value in least.items():
+        if getattr(args, name) < value:
+            raise JetSpecError(f"--{name.replace('_', '-')} must be at least {value}, not {getattr(args, name)}")
+
+
 def check_output(folder: Path | None) -> None:
     """Before long work: that results can be written into `folder` (None: they are not wanted).
 

@@ -17,7 +17,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from experiments.common import add_pair_arguments, add_sampling, check_output, load, run_main, sampling_from
+from experiments.common import (
+    add_pair_arguments,
+    add_sampling,
+    check_output,
+    load,
+    require_at_least,
+    run_main,
+    sampling_from,
+)
 from jetspec_jax import JetSpecError, Pair
 from jetspec_jax.config import FLOAT_DTYPES, PRESETS, default_target_layer_ids
 from jetspec_jax.pretrained import cache_folder
@@ -31,8 +39,7 @@ SHARD = 64  # answers per shard
 def main() -> None:
     args = build_parser().parse_args()
     sampling, mixture = sampling_from(args), parse_mixture(args.source)
-    if args.max_new_tokens < 1 or args.max_prompt_tokens < 1 or args.batch_size < 1:
-        raise JetSpecError("--max-new-tokens, --max-prompt-tokens and --batch-size must be at least 1")
+    require_at_least(args, max_new_tokens=1, max_prompt_tokens=1, batch_size=1)
     check_output(args.out)
     pair = load(args)
     if args.product_dtype:

@@ -5,7 +5,7 @@
 
 Tree decoding changes no token, so the answer that plain decoding writes is the path that the target would accept: the
 head drafts a tree at every position of it, and the rounds are walked from one accepted path to the next. No tree is
-verified, which makes this some ten times faster than benchmark.py and fit for many prompts; only benchmark.py measures
+verified, which makes this fit for many prompts; only benchmark.py measures
 time. A round at the end of an answer counts the tokens that are left; the recorded states are bfloat16, so that
 near-ties of the head may fall otherwise than in float32 decoding. With --out, results.json, results.md and replay.png
 are written there.
@@ -24,8 +24,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from experiments.benchmark import parse_budgets, pick
-from experiments.common import add_pair_arguments, check_output, load, run_main, write_text
+from experiments.benchmark import add_sample_arguments, parse_budgets, pick
+from experiments.common import add_pair_arguments, check_output, load, require_at_least, run_main, write_text
 from experiments.plots import Line, Panel, save_plot
 from jetspec_jax import HeadConfig, JetSpecError, Pair, SamplingParams, TreeConfig
 from jetspec_jax.config import TREE_WIDTHS, Builder
@@ -40,9 +40,7 @@ from jetspec_jax.training.record import record_answers
 
 def main() -> None:
     args = build_parser().parse_args()
-    for option, least in (("limit", 1), ("max_new_tokens", 2), ("batch_size", 1)):
-        if getattr(args, option) < least:
-            raise JetSpecError(f"--{option.replace('_', '-')} must be at least {least}, not {getattr(args, option)}")
+    require_at_least(args, limit=1, max_new_tokens=2, batch_size=1)
     check_output(args.out)
     suites = {name: pick(suite_messages(name, cache_folder() / "sources"), args.limit) for name in args.suite or SUITES}
     pair = load(args)
@@ -144,12 +142,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_pair_arguments(parser)
     parser.add_argument("--suite", action="append", metavar="NAME|FILE.jsonl",
                         help=f'{", ".join(SUITES)}, or a file of lines {{"prompt": ...}}; repeatable (default: all)')
-    parser.add_argument("--budgets", default="16,32,64,128,256", metavar="N,N,...", help="default %(default)s")
-    parser.add_argument("--limit", type=int, default=32, help="prompts of each suite (default %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="default %(default)s")
+    add_sample_arguments(parser, limit=32, plot="replay.png")
     parser.add_argument("--batch-size", type=int, default=32, help="default %(default)s")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="results.json, results.md and replay.png")
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return parser
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from experiments.common import add_compile_cache, check_output, run_main
+from experiments.common import add_compile_cache, check_output, require_at_least, run_main
 from experiments.plots import Line, Panel, save_plot
 from jetspec_jax import JetSpecError, TreeConfig, load_pretrained
 from jetspec_jax.autoregressive import init_autoregressive
@@ -55,9 +55,7 @@ HELD_OUT_ROWS = 16
 def main() -> None:
     args = build_parser().parse_args()
     config = TrainConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig)})
-    for name in ("eval_every", "save_every", "log_every"):
-        if getattr(args, name) < 1:
-            raise JetSpecError(f"--{name.replace('_', '-')} must be at least 1")
+    require_at_least(args, eval_every=1, save_every=1, log_every=1)
     if args.save_every % args.log_every:
         raise JetSpecError(f"--save-every {args.save_every} must be a multiple of --log-every {args.log_every}: the "
                            "log of a resumed run would differ")

@@ -17,7 +17,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from experiments.common import add_compile_cache, add_target_arguments, check_output, run_main, write_text
+from experiments.common import (
+    add_compile_cache,
+    add_target_arguments,
+    check_output,
+    require_at_least,
+    run_main,
+    write_text,
+)
 from jetspec_jax import JetSpecError, Pair, SamplingParams, load_pretrained
 from jetspec_jax.generate import stream
 from jetspec_jax.pretrained import cache_folder
@@ -30,9 +37,7 @@ MAX_WAVES = 20  # of as many attempts as prompts are missing
 
 def main() -> None:
     args = build_parser().parse_args()
-    for option in ("count", "max_tokens", "batch_size"):
-        if getattr(args, option) < 1:
-            raise JetSpecError(f"--{option.replace('_', '-')} must be at least 1, not {getattr(args, option)}")
+    require_at_least(args, count=1, max_tokens=1, batch_size=1)
     sampling = SamplingParams(args.temperature, None, args.top_p)
     if not args.temperature:
         raise JetSpecError("--temperature 0 would write one prompt again and again")
