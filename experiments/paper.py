@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import time
 from functools import partial
 from itertools import pairwise
@@ -37,14 +38,14 @@ from tqdm import tqdm
 from experiments.common import add_compile_cache, check_output, run_main, write_text
 from experiments.plots import Line, Panel, save_plot
 from jetspec_jax import HeadConfig, JetSpecError, Pair, TreeConfig, load_pretrained
-from jetspec_jax.attention import causal_bits
+from jetspec_jax.attention import causal_bits, pack_bits
 from jetspec_jax.cache import KVCache
 from jetspec_jax.config import PRESETS, TargetConfig
 from jetspec_jax.target import target_forward, target_logits
 from jetspec_jax.training.batches import Batch, Batches
 from jetspec_jax.training.config import TrainConfig
 from jetspec_jax.training.dataset import Dataset
-from jetspec_jax.training.evaluate import HeldOut
+from jetspec_jax.training.evaluate import ANCHORS_AT_ONCE, HeldOut
 from jetspec_jax.training.initial import head_from_target
 from jetspec_jax.training.log import read_metrics
 from jetspec_jax.training.loss import block_slots
@@ -209,34 +210,36 @@ def faithfulness(args: argparse.Namespace, pair: Pair, dataset: Dataset) -> list
 
 def branch_gaps(target: TargetConfig, head: HeadConfig, layers: tuple[int, ...], head_params: Any, target_params: Any,
                 batch: Batch) -> Array:
-    """log q - log p of the arg-max chain of every anchor, [B*A]; NaN for padding.
+    """log q - log p of the arg-max chain of every anchor of one packed row, [A]; NaN for padding.
 
-    The target reads each branch after its own context: one row of the packed text up to the anchor, then the branch.
+    The target reads the row once and then every branch after its own context, as a round would.
     """
     slots = block_slots(target, head, target_params, head_params, batch, layers, head.block_size)
-    depths = head.block_size - 1
-    row = jnp.asarray(batch.tokens)[0]
-    segment, position = jnp.asarray(batch.segment)[0], jnp.asarray(batch.position)[0]
+    tokens, segment, position, anchor = (jnp.asarray(x)[0] for x in
+                                         (batch.tokens, batch.segment, batch.position, batch.anchor))
+    size, depths = tokens.shape[0], head.block_size - 1
+    same = (segment[:, None] == segment[None, :]) & jnp.tril(jnp.ones((size, size), bool))
+    read = target_forward(target, target_params, tokens[None], position[None], pack_bits(same[None]),
+                          KVCache.create(target, 1, 16), jnp.zeros((1,), jnp.int32))
+    place = jnp.arange(size, dtype=jnp.int32)
+    step = jnp.arange(depths, dtype=jnp.int32)
+    at_once = math.gcd(anchor.shape[0], ANCHORS_AT_ONCE)
 
-    def of_anchor(anchor: Array, hidden: Array, real: Array) -> Array:
+    def of_anchors(some: tuple[Array, Array]) -> Array:
+        anchor, hidden = some
         log_q = jax.nn.log_softmax(target_logits(target, target_params, hidden), axis=-1)
         chain = jnp.argmax(log_q, axis=-1).astype(jnp.int32)
-        own = jnp.sum(jnp.max(log_q, axis=-1))
-        # The anchor's sequence moved to the front, cut after the anchor, the branch appended.
-        start = anchor - position[anchor]
-        text = jnp.roll(row, -start)
-        places = jnp.arange(row.shape[0], dtype=jnp.int32)
-        offset = places - position[anchor] - 1
-        text = jnp.where((offset >= 0) & (offset < depths), chain[jnp.clip(offset, 0, depths - 1)], text)
-        out = target_forward(target, target_params, text[None], places[None], causal_bits(1, row.shape[0]),
-                             KVCache.create(target, 1, 16), jnp.zeros((1,), jnp.int32))
-        scored = out.hidden[0, position[anchor] + jnp.arange(depths, dtype=jnp.int32)]
-        log_p = jax.nn.log_softmax(target_logits(target, target_params, scored), axis=-1)
-        theirs = jnp.sum(jnp.take_along_axis(log_p, chain[:, None], axis=-1))
-        fits = real[-1] & (segment[anchor] > 0)
-        return jnp.where(fits, own - theirs, jnp.nan)
+        before = position[anchor]  # tokens before the anchor, the slots that its branch sees
+        own = (anchor[:, None] - before[:, None] + place[None, :]) % size  # [G, P], places of its sequence first
+        cache = KVCache(*(side[:, 0, own].transpose(0, 1, 3, 2, 4) for side in (read.k, read.v)))
+        branch = jnp.concatenate([tokens[anchor][:, None], chain[:, :-1]], axis=1)
+        scored = target_forward(target, target_params, branch, before[:, None] + step[None, :],
+                                causal_bits(at_once, depths), cache, before)
+        log_p = jax.nn.log_softmax(target_logits(target, target_params, scored.hidden), axis=-1)
+        return jnp.sum(jnp.max(log_q, axis=-1) - jnp.take_along_axis(log_p, chain[..., None], axis=-1)[..., 0], axis=-1)
 
-    return jax.lax.map(lambda args: of_anchor(*args), (batch.anchor[0], slots.hidden[0], slots.real[0]))
+    gaps = jax.lax.map(of_anchors, tuple(x.reshape(-1, at_once, *x.shape[1:]) for x in (anchor, slots.hidden[0])))
+    return jnp.where(slots.real[0, :, -1] & (segment[anchor] > 0), gaps.reshape(-1), jnp.nan)
 
 
 def plot_trees(file: Path, rows: list[dict[str, Any]]) -> None:
