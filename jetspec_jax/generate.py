@@ -160,7 +160,8 @@ class Request:
     prompt_seconds: float = 0.0
     told: int = 0  # answer tokens streamed
     told_rounds: int = 0
-    told_text: str = ""
+    told_text: int = 0  # answer tokens whose text was streamed
+    context: int = 0  # where the piece before the next one begins
 
 
 def _run(pair: Pair, prompts: list[Prompt], max_new_tokens: int, batch_size: int | None, tree: Draft | None,
@@ -321,12 +322,16 @@ class Run:
         return self.pair.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _new_text(self, request: Request, answer: list[int], done: bool) -> str:
-        """Text that was not streamed yet; a character whose bytes are incomplete waits for the rest."""
-        text = self._decode(answer) or ""
+        """Text that was not streamed yet; a character whose bytes are incomplete waits for the rest.
+
+        A piece is decoded together with the one before it, which tells where its spaces belong; never the whole answer.
+        """
+        before = self._decode(answer[request.context:request.told_text]) or ""
+        text = self._decode(answer[request.context:]) or ""
         if not done and text.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
-        new, request.told_text = text[len(request.told_text):], text
-        return new
+        request.context, request.told_text = request.told_text, len(answer)
+        return text[len(before):]
 
 
 def drafter_of(pair: Pair, tree: Draft | None) -> Drafter:

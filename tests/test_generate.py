@@ -134,6 +134,23 @@ def test_an_incomplete_character_waits(pair):
     assert run._new_text(request, [0, 20, 21, 1, 20], done=True) == "b\N{REPLACEMENT CHARACTER}"
 
 
+def test_streaming_does_not_decode_the_answer_again(pair):
+    """Each token is decoded at most three times, however long the answer: when it is new, and twice beside what follows."""
+    lengths = []
+
+    class Counting(SpellingTokenizer):
+        def decode(self, ids, skip_special_tokens):
+            lengths.append(len(ids))
+            return super().decode(ids, skip_special_tokens)
+
+    run = Run(dataclasses.replace(pair, tokenizer=Counting()), Decoder(pair.target_config, NoDrafter()),
+              Sampler.create(SamplingParams()), (), 0, 9)
+    request, answer = Request(0, [1], 9), [i % 20 for i in range(400)]
+    text = "".join(run._new_text(request, answer[:n], done=n == 400) for n in range(2, 401, 2))
+    assert text == SpellingTokenizer().decode(answer, skip_special_tokens=True)
+    assert sum(lengths) <= 3 * len(answer)
+
+
 def test_text_batches_and_arrays_as_prompts(pair):
     pair = dataclasses.replace(pair, tokenizer=SpellingTokenizer())
     one = generate(pair, "bad", max_new_tokens=4, tree=TREE)
