@@ -6,7 +6,8 @@
     python experiments/paper.py faithfulness --dataset data/greedy --causal-head A --bidirectional-head B --out out/f
     python experiments/paper.py heads --run runs/causal --run runs/dflash --run runs/eagle3 --out out/heads
 
-gamma         depth weights exp(-(i-1)/gamma), gamma 0, 3, 7, 15, causal against bidirectional (paper, table 7)
+gamma         depth weights exp(-(i-1)/gamma), gamma 0, 3, 7, 15, causal against bidirectional (paper, table 7), and
+              the gap of `faithfulness` under each (table 9)
 foreign       the target's own answers against another model's (table 6), to the same prompts: record both datasets
               with generate_data.py and the same --source conversations=N, the second with --foreign
 subset        the loss over a part of the vocabulary against the full one, at equal steps
@@ -81,8 +82,12 @@ def write_table(folder: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def train(args: argparse.Namespace, pair: Pair, dataset: Dataset, held_out: list[Batch], gamma: float, causal: bool,
-          name: str, vocab_subset: int | None) -> dict[str, Any]:
-    """Trains one head from the target's last layers; what it accepts on the held-out answers, and a step's time."""
+          name: str, vocab_subset: int | None) -> tuple[dict[str, Any], HeadConfig, Any]:
+    """Trains one head from the target's last layers.
+
+    Returns:
+        What it accepts on the held-out answers, with its loss and a step's time; the head's configuration; its weights.
+    """
     preset = PRESETS[args.model].head if args.model in PRESETS else None
     if preset is None:
         raise JetSpecError(f"--model {args.model} has no preset head to train: choose one of "
@@ -98,8 +103,9 @@ def train(args: argparse.Namespace, pair: Pair, dataset: Dataset, held_out: list
         loss = float(metrics["loss"])
         seconds.append(time.perf_counter())
     found = HeldOut(target, head, TREES, dataset.info.layers, held_out)(state.params, pair.params.target)
-    return {"run": name, "gamma": gamma, "causal": causal, "loss": loss,
-            "seconds a step": float(np.median(np.diff(seconds))) if len(seconds) > 1 else 0.0, **found}
+    row = {"run": name, "gamma": gamma, "causal": causal, "loss": loss,
+           "seconds a step": float(np.median(np.diff(seconds))) if len(seconds) > 1 else 0.0, **found}
+    return row, head, state.params
 
 
 def settings(args: argparse.Namespace, gamma: float, vocab_subset: int | None) -> TrainConfig:
@@ -117,7 +123,9 @@ def gamma(args: argparse.Namespace, pair: Pair, dataset: Dataset) -> list[dict[s
     for g in args.gammas:
         for causal in (True, False):
             name = f"{'causal' if causal else 'bidirectional'}, gamma {g:g}"
-            rows.append(train(args, pair, dataset, held_out, g, causal, name, args.vocab_subset))
+            row, head, params = train(args, pair, dataset, held_out, g, causal, name, args.vocab_subset)
+            gaps = finite_gaps(pair, dataset.info.layers, head, params, held_out)
+            rows.append({**row, "median gap": float(np.median(gaps)), "mean gap": float(np.mean(gaps))})
             write_table(args.out, rows)
     lines = [Line(f"{'causal' if causal else 'bidirectional'}, {name}",
                   [r["gamma"] for r in rows if r["causal"] == causal],
@@ -134,7 +142,7 @@ def foreign(args: argparse.Namespace, pair: Pair, dataset: Dataset) -> list[dict
     held_out = held_out_of(args, own)  # always the target's own answers: what decoding will meet
     rows = []
     for name, data in (("own answers", own), ("foreign answers", foreign)):
-        rows.append(train(args, pair, data, held_out, args.gammas[0], True, name, args.vocab_subset))
+        rows.append(train(args, pair, data, held_out, args.gammas[0], True, name, args.vocab_subset)[0])
         write_table(args.out, rows)
     plot_trees(args.out / "foreign.png", rows)
     return rows
@@ -160,7 +168,7 @@ def subset(args: argparse.Namespace, pair: Pair, dataset: Dataset) -> list[dict[
     held_out = held_out_of(args, dataset)
     rows = []
     for name, count in ((f"{args.vocab_subset} tokens", args.vocab_subset), ("full vocabulary", None)):
-        rows.append(train(args, pair, dataset, held_out, args.gammas[0], True, name, count))
+        rows.append(train(args, pair, dataset, held_out, args.gammas[0], True, name, count)[0])
         write_table(args.out, rows)
     plot_trees(args.out / "subset.png", rows)
     return rows
@@ -195,9 +203,7 @@ def faithfulness(args: argparse.Namespace, pair: Pair, dataset: Dataset) -> list
         head = loaded.head_config
         if not isinstance(head, HeadConfig) or head.causal is not (name == "causal"):
             raise JetSpecError(f"--{name}-head {path} holds no {name} parallel head")
-        gap = jax.jit(partial(branch_gaps, pair.target_config, head, dataset.info.layers))
-        gaps = np.concatenate([np.asarray(gap(loaded.params.head, pair.params.target, batch)) for batch in held_out])
-        gaps = gaps[np.isfinite(gaps)]
+        gaps = finite_gaps(pair, dataset.info.layers, head, loaded.params.head, held_out)
         edges = (-np.inf, *BINS, np.inf)
         share = {f"{'<' if i == 0 else '>='} {BINS[max(i - 1, 0)]:g}": float(np.mean((gaps >= low) & (gaps < high)))
                  for i, (low, high) in enumerate(pairwise(edges))}
@@ -206,6 +212,21 @@ def faithfulness(args: argparse.Namespace, pair: Pair, dataset: Dataset) -> list
         curves.append(Line(name, np.sort(gaps).tolist(), np.linspace(0, 1, len(gaps)).tolist(), marker=""))
     save_plot(args.out / "faithfulness.png", [[Panel("log q(branch) - log p(branch)", "share of branches", curves)]])
     return rows
+
+
+def finite_gaps(pair: Pair, layers: tuple[int, ...], head: HeadConfig, head_params: Any,
+                held_out: list[Batch]) -> np.ndarray:
+    """The gaps of all anchors whose block lies within their answer.
+
+    Raises:
+        JetSpecError: there are none.
+    """
+    gap = jax.jit(partial(branch_gaps, pair.target_config, head, layers))
+    gaps = np.concatenate([np.asarray(gap(head_params, pair.params.target, batch)) for batch in held_out])
+    if not np.isfinite(gaps).any():
+        raise JetSpecError(f"no held-out answer is longer than a block of {head.block_size} tokens: raise --held-out, "
+                           "or record longer answers")
+    return gaps[np.isfinite(gaps)]
 
 
 def branch_gaps(target: TargetConfig, head: HeadConfig, layers: tuple[int, ...], head_params: Any, target_params: Any,

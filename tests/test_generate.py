@@ -135,7 +135,7 @@ def test_an_incomplete_character_waits(pair):
 
 
 def test_streaming_does_not_decode_the_answer_again(pair):
-    """Each token is decoded at most three times, however long the answer: when it is new, and twice beside what follows."""
+    """Each token is decoded at most three times, however long the answer: when new, and twice beside what follows."""
     lengths = []
 
     class Counting(SpellingTokenizer):
