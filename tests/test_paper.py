@@ -98,6 +98,7 @@ def test_trainings_that_are_compared(tmp_path, monkeypatch):
     assert [(row["gamma"], row["causal"]) for row in rows["g"]] == [(0, True), (0, False), (3, True), (3, False)]
     assert [row["run"] for row in rows["s"]] == ["22 tokens", "full vocabulary"]
     assert [row["run"] for row in rows["f"]] == ["own answers", "foreign answers"]
+    assert all(np.isfinite([row["median gap"], row["mean gap"]]).all() for row in rows["g"])
     # The same head, steps and data: what gamma weighs differently must show, what does not differ must not.
     assert rows["g"][0]["loss"] != rows["g"][2]["loss"]
     assert rows["s"][0]["loss"] == pytest.approx(rows["s"][1]["loss"], rel=0.2)
@@ -105,6 +106,27 @@ def test_trainings_that_are_compared(tmp_path, monkeypatch):
     assert all(1 <= row["accept_chain"] <= row["accept_accum_logp_64"] <= 4 for part in rows.values() for row in part)
     for name, plot in (("g", "gamma"), ("s", "subset"), ("f", "foreign")):
         assert (tmp_path / name / f"{plot}.png").stat().st_size > 1000
+
+
+def test_faithfulness_of_two_heads(tmp_path, monkeypatch):
+    """One row a head, shares that add up, and a head of the wrong kind is named."""
+    target = tiny_target(dtype="float32")
+    heads = {"a": tiny_head(target, num_layers=1), "b": tiny_head(target, num_layers=1, causal=False)}
+    pairs = {name: random_pair(0, target, head) for name, head in heads.items()}
+    data = recorded(tmp_path / "d", pairs["a"], [[3, 1, 4 + i] for i in range(6)], 14)
+    monkeypatch.setattr(paper, "load_pretrained", lambda _, head="a": pairs[head])
+    common = ("faithfulness", "--dataset", data, "--held-out", 4, "--row-tokens", 40, "--vocab-subset", 22)
+    with jax.numpy_dtype_promotion("standard"):
+        run(monkeypatch, *common, "--causal-head", "a", "--bidirectional-head", "b", "--out", tmp_path / "out")
+        with pytest.raises(JetSpecError, match="--causal-head b holds no causal"):
+            run(monkeypatch, *common, "--causal-head", "b", "--bidirectional-head", "b", "--out", tmp_path / "x")
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["head"] for row in rows] == ["causal", "bidirectional"]
+    assert rows[0]["branches"] == rows[1]["branches"] > 4
+    for row in rows:
+        assert sum(row[name] for name in ("< 5", ">= 5", ">= 20", ">= 40", ">= 80")) == pytest.approx(1)
+    assert rows[0]["mean gap"] != rows[1]["mean gap"]
+    assert (tmp_path / "out" / "faithfulness.png").stat().st_size > 1000
 
 
 def test_own_and_foreign_answers_meet(tmp_path):
