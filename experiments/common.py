@@ -18,6 +18,9 @@ from jetspec_jax.config import FLOAT_DTYPES, MAX_TREE_BUDGET, MAX_TREE_WIDTH, TR
 from jetspec_jax.pretrained import cache_folder
 from jetspec_jax.sharding import connect, make_mesh
 
+DEFAULT_TREE = TreeConfig()
+CPU_TREE = TreeConfig("best_first", TREE_WIDTHS["best_first"], 8)  # more nodes cost a CPU more than they bring
+
 
 def add_target_arguments(parser: argparse.ArgumentParser) -> None:
     """Which target, which dtype."""
@@ -36,11 +39,11 @@ def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Which pair, which tree, which sampling."""
     add_pair_arguments(parser)
-    parser.add_argument("--tree-builder", choices=get_args(Builder), default="accum_logp",
-                        help="default %(default)s")
+    parser.add_argument("--tree-builder", choices=get_args(Builder),
+                        help=f"default {DEFAULT_TREE.builder}, on a CPU {CPU_TREE.builder}")
     add_tree_width(parser)
-    parser.add_argument("--budget", type=int, default=64, help=f"nodes of a tree, the root included, 1 to "
-                                                               f"{MAX_TREE_BUDGET} (default %(default)s)")
+    parser.add_argument("--budget", type=int, help=f"nodes of a tree, the root included, 1 to {MAX_TREE_BUDGET} "
+                                                   f"(default {DEFAULT_TREE.budget}, on a CPU {CPU_TREE.budget})")
     add_sampling(parser)
 
 
@@ -88,7 +91,9 @@ def tree_of(builder: Builder, budget: int, args: argparse.Namespace) -> TreeConf
 
 
 def tree_from(args: argparse.Namespace) -> TreeConfig:
-    return tree_of(args.tree_builder, args.budget, args)
+    """The tree that the options name; what they leave out is what pays off on this backend."""
+    default = CPU_TREE if jax.default_backend() == "cpu" else DEFAULT_TREE
+    return tree_of(args.tree_builder or default.builder, default.budget if args.budget is None else args.budget, args)
 
 
 def sampling_from(args: argparse.Namespace) -> SamplingParams:
@@ -101,10 +106,10 @@ def add_compile_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def load(args: argparse.Namespace, mesh: Mesh | None = None) -> Pair:
+def load(args: argparse.Namespace, mesh: Mesh | None = None, tiles: bool | None = None) -> Pair:
     """Loads the pair that the options name, with compiled programs kept between runs."""
     add_compile_cache()
-    return load_pretrained(args.model, args.head, dtype=args.dtype, mesh=mesh)
+    return load_pretrained(args.model, args.head, dtype=args.dtype, mesh=mesh, tiles=tiles)
 
 
 def require_at_least(args: argparse.Namespace, **least: int) -> None:

@@ -37,6 +37,7 @@ PROMPTS = ("Explain in a few sentences why the sky is blue.",
 
 def main() -> None:
     args = build_parser().parse_args()
+    mesh = mesh_from(args)  # several processes meet before anything asks for a device
     # A wrong option should not cost the loading of a model.
     tree, sampling, messages = tree_from(args), sampling_from(args), read_prompts(args)
     if args.max_new_tokens < 1:
@@ -45,7 +46,7 @@ def main() -> None:
         raise JetSpecError(f"--seed must be from 0 to 2**32 - 1, not {args.seed}")
     if args.system is not None and args.no_chat_template:
         raise JetSpecError("--system is part of the chat template: it cannot go with --no-chat-template")
-    pair = load(args, mesh_from(args))
+    pair = load(args, mesh)
     prompts = [as_prompt(pair, message, args) for message in messages]
     answers = [answer(pair, message, prompt, i, args, tree, sampling) for i, (message, prompt) in
                enumerate(zip(messages, prompts, strict=True))]

@@ -69,7 +69,7 @@ def main() -> None:
         if not args.dataset:
             raise JetSpecError(f"{args.analysis} needs --dataset: record one with generate_data.py")
         add_compile_cache()
-        dataset, pair = Dataset(args.dataset), load_pretrained(args.model)
+        dataset, pair = Dataset(args.dataset), load_pretrained(args.model, tiles=False)
         rows = ON_DATA[args.analysis](args, pair, dataset)
     write_table(args.out, rows)
     print(markdown(rows))
@@ -199,7 +199,7 @@ def faithfulness(args: argparse.Namespace, pair: Pair, dataset: Dataset) -> list
     for name, path in (("causal", args.causal_head), ("bidirectional", args.bidirectional_head)):
         if path is None:
             raise JetSpecError(f"faithfulness needs --{name}-head: train one with experiments/train_head.py")
-        loaded = load_pretrained(args.model, path)
+        loaded = load_pretrained(args.model, path, tiles=False)
         head = loaded.head_config
         if not isinstance(head, HeadConfig) or head.causal is not (name == "causal"):
             raise JetSpecError(f"--{name}-head {path} holds no {name} parallel head")

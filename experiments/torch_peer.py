@@ -13,6 +13,7 @@ from converters.names import target_slots
 from jetspec_jax.config import TargetConfig
 from jetspec_jax.errors import JetSpecError
 from jetspec_jax.pair import Pair
+from jetspec_jax.tiles import from_tiles
 
 
 def torch_model(pair: Pair) -> tuple[Any, Callable[..., list[int]]]:
@@ -28,7 +29,8 @@ def torch_model(pair: Pair) -> tuple[Any, Callable[..., list[int]]]:
         import transformers
     except ImportError as error:
         raise JetSpecError("this comparison needs torch: pip install -e '.[parity]'") from error
-    config, on_gpu = pair.target_config, jax.default_backend() == "gpu"
+    config, params = from_tiles(pair.target_config, pair.params.target)
+    on_gpu = jax.default_backend() == "gpu"
     if on_gpu and not torch.cuda.is_available():
         raise JetSpecError("JAX decodes on a GPU that this torch does not see: install torch with CUDA, or set "
                            "JAX_PLATFORMS=cpu to compare on the CPU")
@@ -36,7 +38,7 @@ def torch_model(pair: Pair) -> tuple[Any, Callable[..., list[int]]]:
     model = getattr(transformers, f"{kind}ForCausalLM")(
         getattr(transformers, f"{kind}Config")(**huggingface_fields(config)))
     weights = {name: torch.from_numpy(np.array(value, np.float32))
-               for name, value in take_apart(pair.params.target, target_slots(config, fused_experts=True))}
+               for name, value in take_apart(params, target_slots(config, fused_experts=True))}
     model.load_state_dict(weights, strict=not config.tie_embeddings)
     model.eval().to("cuda" if on_gpu else "cpu")
     for parameter in model.parameters():  # not the buffers: rotary frequencies stay float32, as ours are

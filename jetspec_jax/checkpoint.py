@@ -31,9 +31,11 @@ from jetspec_jax.errors import JetSpecError
 from jetspec_jax.head import head_shapes
 from jetspec_jax.sharding import arrange, named_map, shards_of, stored_spec
 from jetspec_jax.target import target_shapes
+from jetspec_jax.tiles import from_tiles
 
 FORMAT, VERSION = "jetspec-jax", 1
 DESCRIPTION, ARRAYS, TOKENIZER = "jetspec.json", "arrays", "tokenizer"
+_NOT_STORED = ("weight_tile",)  # of the config: how arrays lie in memory, not in files
 PIECE_BYTES = 2**26  # of one file: who reads a share of an array reads the pieces that hold it
 _KINDS: dict[str, tuple[Any, Any]] = {
     "target": (TargetConfig, target_shapes), "head": (HeadConfig, head_shapes),
@@ -70,7 +72,8 @@ def save(folder: Path, config: TargetConfig | DrafterConfig, params: dict, sourc
 
     Args:
         config: what the parameters belong to.
-        params: `{"params": ...}` of JAX arrays; committed ones are written without a copy.
+        params: `{"params": ...}` of JAX arrays; committed ones are written without a copy. Tiles are written as the
+            matrices that they make up.
         source: where the parameters came from, for people to read.
 
     Raises:
@@ -79,6 +82,7 @@ def save(folder: Path, config: TargetConfig | DrafterConfig, params: dict, sourc
     if jax.process_count() > 1:
         raise JetSpecError(f"several processes cannot write {folder.parent} together: convert or train in one process "
                            "first")
+    config, params = from_tiles(config, params)
     _reserve(folder, sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
     kind = _kind_of(config)
     # Weights do not compress, and uncompressed pieces need no second copy in memory.
@@ -90,8 +94,8 @@ def save(folder: Path, config: TargetConfig | DrafterConfig, params: dict, sourc
     except Exception as error:  # tensorstore reports a full disk as ValueError or OSError, by version
         raise JetSpecError(f"writing into {folder.parent} failed: {first_line(error)}; nothing was left "
                            "behind") from error
-    description = {"format": FORMAT, "version": VERSION, "kind": kind, "config": dataclasses.asdict(config),
-                   "source": source}
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_STORED}
+    description = {"format": FORMAT, "version": VERSION, "kind": kind, "config": fields, "source": source}
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
 
 
@@ -126,7 +130,7 @@ def load_config(folder: Path) -> TargetConfig | DrafterConfig:
     config_class = _KINDS[description["kind"]][0]
     try:
         fields = {name: tuple(value) if isinstance(value, list) else value
-                  for name, value in description["config"].items()}
+                  for name, value in description["config"].items() if name not in _NOT_STORED}
         return config_class(**fields)
     except (KeyError, TypeError, AttributeError) as error:
         raise JetSpecError(f"the description of {folder} is damaged: {first_line(error)}") from error

@@ -67,6 +67,7 @@ class TransformerConfig:
         dtype: dtype of the parameters and of the computation, a name of `FLOAT_DTYPES`.
         product_dtype: the operands of the projections' products are rounded to this dtype, and their sums stay wide
             (mixed precision, forward and backward; faster on CPUs with bfloat16 units). None: dtype.
+        weight_tile: columns of the tiles in which the matrices are stored (see `jetspec_jax.tiles`); None: plain.
         shards: devices that share each layer. The heads and the MLP width above are then what one of them holds (see
             `share`); vocabulary and experts are counted whole.
         kernels: "auto" (the Pallas kernels on NVIDIA GPUs, plain JAX elsewhere), or one of them by name; "triton" is
@@ -91,6 +92,7 @@ class TransformerConfig:
     out_bias: bool = False
     dtype: str = "bfloat16"
     product_dtype: str | None = None
+    weight_tile: int | None = None
     shards: int = 1
     kernels: KernelBackend = "auto"
 
@@ -108,6 +110,11 @@ class TransformerConfig:
             require(is_number(value) and value > 0, f"{name} must be positive, not {value!r}")
         require(self.kernels in get_args(KernelBackend),
                  f"kernels {self.kernels!r} is not one of {', '.join(get_args(KernelBackend))}")
+        tile = self.weight_tile
+        require(tile is None or (is_integer(tile) and tile > 0), f"weight_tile must be a positive integer or None, not "
+                                                                  f"{tile!r}")
+        require(tile is None or (self.product_dtype is None and self.shards == 1),
+                 "weights in tiles are neither rounded (product_dtype) nor shared: load them with tiles=False")
         for name in ("dtype", "product_dtype"):
             value = getattr(self, name)
             require(value in FLOAT_DTYPES or (name == "product_dtype" and value is None),

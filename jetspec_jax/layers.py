@@ -15,6 +15,7 @@ from jetspec_jax.attention import Attend
 from jetspec_jax.collectives import all_sum
 from jetspec_jax.config import TransformerConfig
 from jetspec_jax.kernels import add_norm, gated_product, qk_norm_rope
+from jetspec_jax.tiles import tiled_product
 from pallas_kernels.add_norm.reference import put_before, rms_norm
 from pallas_kernels.gated_product.reference import gate
 
@@ -77,20 +78,41 @@ def rotary_tables(positions: Array, head_dim: int, theta: float, dtype: jnp.dtyp
 
 
 def dense(config: TransformerConfig, features: int, bias: bool = False, product: Any = None,
-          split_input: bool = False) -> nn.Dense:
+          split_input: bool = False) -> nn.Module:
     """A projection as every part of a model has it.
 
     Args:
-        product: stands in for `lax.dot_general`.
+        product: stands in for `lax.dot_general` (called with dimension numbers and more), or for `tiled_product`.
         split_input: the devices that share a layer hold parts of its input, and their products are summed (before the
             bias is added).
     """
+    if config.weight_tile is not None:
+        return TiledDense(features, config.weight_tile, bias, config.jnp_dtype, product or tiled_product)
     if product is None and config.product_dtype is not None:
         product = partial(rounded_dot_general, jnp.dtype(config.product_dtype))
     if split_input and config.shards > 1:
         product = partial(summed_dot_general, product or jax.lax.dot_general, config.shards)
     return nn.Dense(features, use_bias=bias, dtype=config.jnp_dtype, param_dtype=config.jnp_dtype, precision=PRECISION,
                     kernel_init=nn.initializers.normal(0.02), dot_general=product)
+
+
+class TiledDense(nn.Module):
+    """`nn.Dense` with its matrix in tiles."""
+
+    features: int
+    tile: int
+    use_bias: bool
+    dtype: jnp.dtype
+    product: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = (self.features // self.tile, x.shape[-1], self.tile)
+        out: Array = self.product(x, self.param("kernel", nn.initializers.normal(0.02), shape, self.dtype))
+        if not self.use_bias:
+            return out
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
+        return out + bias.reshape((1,) * (out.ndim - 1) + (-1,))
 
 
 def summed_dot_general(product: Any, shards: int, *args: Any, **kwargs: Any) -> Array:
@@ -178,6 +200,8 @@ class MLP(nn.Module):
 
     def _gated_product(self, x: Array, w: Array, *_: Any, **__: Any) -> Array:
         """x [B, N, D] and both matrices [D, 2F] -> [B, N, F]; the gate is applied where the product is made."""
+        if self.config.weight_tile is not None:
+            return gate(tiled_product(x, w))
         if self.config.product_dtype is not None:
             return gate(rounded_product(jnp.dtype(self.config.product_dtype), x, w))
         gated: Array = gated_product(self.config.kernels)(x, w)

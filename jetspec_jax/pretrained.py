@@ -19,13 +19,14 @@ from jetspec_jax.draft import Params
 from jetspec_jax.errors import JetSpecError
 from jetspec_jax.pair import Pair
 from jetspec_jax.sharding import shards_of
+from jetspec_jax.tiles import to_tiles, worth_tiles
 from jetspec_jax.wheels import SMOLLM2_GGUF, fetch
 
 HEADS = Path(__file__).resolve().parents[1] / "heads"
 
 
 def load_pretrained(target: str | Path, head: str | Path | None = None, *, dtype: str | None = None,
-                    mesh: Mesh | None = None) -> Pair:
+                    mesh: Mesh | None = None, tiles: bool | None = None) -> Pair:
     """Loads a target and a draft head onto the default device, or straight into the shares of a mesh's devices.
 
     Args:
@@ -61,12 +62,12 @@ def load_pretrained(target: str | Path, head: str | Path | None = None, *, dtype
         head_shape.check_fits(target_shape)
         head_shape.share(shards)
 
-    target_config, target_params = _load(folder, "target", dtype, mesh)
+    target_config, target_params = _load(folder, "target", dtype, mesh, tiles)
     tokenizer = _load_tokenizer(folder)
     head_config: DrafterConfig | None = None
     head_params: dict = {}
     if head_folder is not None:
-        head_config, head_params = _load(head_folder, "head", dtype, mesh)
+        head_config, head_params = _load(head_folder, "head", dtype, mesh, tiles)
     return Pair(target_config, head_config, Params(target_params, head_params), tokenizer, mesh=mesh)
 
 
@@ -137,12 +138,16 @@ def _read_config(folder: Path, kind: str) -> Any:
     return config
 
 
-def _load(folder: Path, kind: str, dtype: str | None, mesh: Mesh | None) -> tuple[Any, dict]:
+def _load(folder: Path, kind: str, dtype: str | None, mesh: Mesh | None, tiles: bool | None) -> tuple[Any, dict]:
     _read_config(folder, kind)
     if checkpoint.is_checkpoint(folder):
-        return checkpoint.load(folder, dtype, mesh)
-    read: Any = convert.read_target if kind == "target" else convert.read_head
-    return read(folder, dtype, mesh=mesh)
+        config, params = checkpoint.load(folder, dtype, mesh)
+    else:
+        read: Any = convert.read_target if kind == "target" else convert.read_head
+        config, params = read(folder, dtype, mesh=mesh)
+    if tiles is None:
+        tiles = mesh is None and jax.default_backend() == "cpu" and worth_tiles(config, params)
+    return to_tiles(config, params) if tiles else (config, params)
 
 
 def _load_tokenizer(source: Path) -> Any:

@@ -17,6 +17,7 @@ from jetspec_jax.collectives import all_sum, own_start
 from jetspec_jax.config import TargetConfig
 from jetspec_jax.layers import MLP, PRECISION, AttentionContext, DecoderLayer, RMSNorm, rotary_tables, rounded_product
 from jetspec_jax.moe import MoE
+from jetspec_jax.tiles import columns, tiled_product
 
 
 class TargetOutput(NamedTuple):
@@ -42,11 +43,14 @@ class Target(nn.Module):
     def setup(self) -> None:
         c = self.config
         init, vocabulary = nn.initializers.normal(0.02), c.vocab_size // c.shards
-        self.embedding = self.param("embedding", init, (vocabulary, c.hidden_size), c.jnp_dtype)
+        tile = c.weight_tile
+        tiles = (vocabulary // tile, c.hidden_size, tile) if tile else None
+        self.embedding = self.param("embedding", init, (tiles if c.tie_embeddings and tiles else
+                                                        (vocabulary, c.hidden_size)), c.jnp_dtype)
         self.layers = [DecoderLayer(c, MoE if c.has_experts(i) else MLP) for i in range(c.num_layers)]
         self.norm = RMSNorm(c)
         if not c.tie_embeddings:
-            self.lm_head = self.param("lm_head", init, (c.hidden_size, vocabulary), c.jnp_dtype)
+            self.lm_head = self.param("lm_head", init, tiles or (c.hidden_size, vocabulary), c.jnp_dtype)
 
     def __call__(self, tokens: Array, positions: Array, visible: Array, cache: KVCache, cached: Array,
                  taps: tuple[int, ...] = ()) -> TargetOutput:
@@ -76,6 +80,8 @@ class Target(nn.Module):
 
     def embed(self, tokens: Array) -> Array:
         """int32 [B, N] -> [B, N, D]."""
+        if self.config.weight_tile is not None and self.config.tie_embeddings:
+            return columns(self.embedding, tokens)
         rows, shards = self.embedding.shape[0], self.config.shards
         if shards == 1:
             return self.embedding[tokens]
@@ -94,7 +100,12 @@ class Target(nn.Module):
         wide = np.promote_types(hidden.dtype, np.float32)
         axis = 0 if self.config.tie_embeddings else 1
         matrix = self.embedding if self.config.tie_embeddings else self.lm_head
-        if subset is not None:
+        if self.config.weight_tile is not None:
+            if subset is None:
+                with jax.named_scope("lm_head"):
+                    return tiled_product(hidden, matrix, wide)
+            matrix, axis = columns(matrix, subset), 0
+        elif subset is not None:
             matrix = jnp.take(matrix, subset, axis=axis)
         with jax.named_scope("lm_head"):
             if self.config.product_dtype is not None:

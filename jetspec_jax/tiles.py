@@ -1,0 +1,114 @@
+"""Weights in column tiles: how a CPU multiplies a few rows by a large matrix at the speed of its memory.
+
+XLA's product on the CPU copies a [A, Z] matrix piece by piece into an order of its own before it multiplies, whatever
+the number of rows, which for the few rows of a draft tree costs more than the arithmetic. A matrix that is stored as
+[Z/tile, A, tile] is already read in order and tile by tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jetspec_jax.config import TargetConfig, TransformerConfig
+
+TILE = 64  # columns; see docs/benchmarks.md
+MOST_ROWS = 32
+LEAST_BYTES = 2**24  # smaller models stay in the processor's cache anyway
+
+Config = TypeVar("Config", bound=TransformerConfig)
+
+
+def worth_tiles(config: TransformerConfig, params: dict) -> bool:
+    """Whether these weights are faster in tiles on a CPU: float32, many, and of sizes that a tile divides."""
+    found = jax.tree_util.tree_flatten_with_path(params)[0]
+    sizes = [leaf.shape[axis] for path, leaf in found if (axis := _column_axis(config, path)) is not None]
+    return (config.dtype == "float32" and config.product_dtype is None
+            and sum(leaf.nbytes for _, leaf in found) >= LEAST_BYTES and all(size % TILE == 0 for size in sizes))
+
+
+def to_tiles(config: Config, params: dict, tile: int = TILE) -> tuple[Config, dict]:
+    """The same model with its matrices in tiles.
+
+    Args:
+        config: with plain matrices.
+        params: `{"params": ...}`; each matrix is deleted when its successor is made, so that there is no second model.
+        tile: columns of a tile; divides the columns of every matrix.
+    """
+    def convert(path: tuple[Any, ...], w: Array) -> Array:
+        axis = _column_axis(config, path)
+        if axis is None:
+            return w
+        tiles = _into_tiles(w, axis, tile)
+        w.delete()
+        return tiles
+
+    return replace(config, weight_tile=tile), jax.tree_util.tree_map_with_path(convert, params)
+
+
+def from_tiles(config: Config, params: dict) -> tuple[Config, dict]:
+    """The same model with plain matrices: what `to_tiles` was given. A model without tiles is returned as it is."""
+    if config.weight_tile is None:
+        return config, params
+
+    def convert(path: tuple[Any, ...], tiles: Array) -> Array:
+        axis = _column_axis(config, path)
+        return tiles if axis is None else _out_of_tiles(tiles, axis)
+
+    return replace(config, weight_tile=None), jax.tree_util.tree_map_with_path(convert, params)
+
+
+def tiled_product(x: Array, w: Array, dtype: Any = None) -> Array:
+    """x [..., A] times a matrix [A, Z] in tiles.
+
+    Args:
+        w: [Z/tile, A, tile].
+        dtype: of the result; None is x's.
+
+    Returns:
+        [..., Z].
+    """
+    tiles, width, _ = w.shape
+    rows = x.reshape(-1, width)
+    if rows.shape[0] <= MOST_ROWS:
+        # One small product per tile. Their common x has to be there once for each of them.
+        copies = jnp.broadcast_to(rows, (tiles, *rows.shape))
+        out = lax.dot_general(copies, w, (((2,), (1,)), ((0,), (0,))), precision=lax.Precision.HIGHEST,
+                              preferred_element_type=dtype)
+    else:
+        out = lax.map(lambda tile: jnp.matmul(rows, tile, precision=lax.Precision.HIGHEST,
+                                              preferred_element_type=dtype), w)
+    return out.transpose(1, 0, 2).reshape(*x.shape[:-1], -1)
+
+
+def columns(w: Array, at: Array) -> Array:
+    """The columns `at` int32 [...] of a matrix [A, Z] in tiles, [..., A]."""
+    tile = w.shape[2]
+    return w[at // tile, :, at % tile]
+
+
+def _column_axis(config: TransformerConfig, path: tuple[Any, ...]) -> int | None:
+    """Which axis of a parameter is cut into tiles: of projections and of the LM head, be it the embedding table.
+
+    The experts of a mixture stay as they are.
+    """
+    tied = isinstance(config, TargetConfig) and config.tie_embeddings
+    return {"kernel": 1, "lm_head": 1, "embedding": 0 if tied else None}.get(path[-1].key)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _into_tiles(w: Array, axis: int, tile: int) -> Array:
+    """[A, Z], or [Z, A] where the columns lie on axis 0, -> [Z/tile, A, tile]."""
+    plain = w.T if axis == 0 else w
+    return plain.reshape(plain.shape[0], -1, tile).transpose(1, 0, 2)
+
+
+@partial(jax.jit, static_argnums=1)
+def _out_of_tiles(tiles: Array, axis: int) -> Array:
+    plain = tiles.transpose(1, 0, 2).reshape(tiles.shape[1], -1)
+    return plain.T if axis == 0 else plain

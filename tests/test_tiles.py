@@ -1,0 +1,131 @@
+"""Weights in tiles: the same numbers, the same tokens, and where they are used."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jetspec_jax import JetSpecError, TreeConfig, checkpoint, load_pretrained, pretrained, tiles
+from jetspec_jax.draft import Params
+from jetspec_jax.generate import generate
+from jetspec_jax.pair import Pair
+from jetspec_jax.target import target_embed, target_logits, target_shapes
+from jetspec_jax.tiles import MOST_ROWS, columns, from_tiles, tiled_product, to_tiles, worth_tiles
+from tests.models import random_pair, tiny_head, tiny_target
+
+SIZES = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 24}  # all matrices have a multiple of 8 columns
+
+
+@pytest.mark.parametrize("rows", [1, 7, MOST_ROWS, MOST_ROWS + 1, 150])
+def test_product(rows):
+    """Against NumPy, on both sides of the number of rows where the way changes."""
+    random = np.random.default_rng(rows)
+    x, w = random.normal(size=(2, rows, 12)), random.normal(size=(12, 40))
+    stored = jnp.asarray(w.reshape(12, 5, 8).transpose(1, 0, 2))
+    np.testing.assert_allclose(tiled_product(jnp.asarray(x), stored), x @ w, rtol=1e-12)
+    at = random.integers(0, 40, (3, 2))
+    np.testing.assert_array_equal(columns(stored, jnp.asarray(at)), w[:, at].transpose(1, 2, 0))
+
+
+def in_tiles(pair: Pair) -> Pair:
+    """A copy of the pair with its weights in tiles of 8 columns."""
+    copied = jax.tree.map(jnp.copy, pair.params)
+    target, target_params = to_tiles(pair.target_config, copied.target, tile=8)
+    head, head_params = to_tiles(pair.head_config, copied.head, tile=8)
+    return dataclasses.replace(pair, target_config=target, head_config=head, params=Params(target_params, head_params))
+
+
+@pytest.mark.parametrize("options", [{"tie_embeddings": True}, {"qkv_bias": True, "out_bias": True},
+                                     {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
+                                      "dense_layers": (0,)}], ids=["tied", "untied", "experts"])
+def test_the_same_model(options):
+    """Trees, tokens and logits of the plain matrices; and the way back is exact."""
+    target = tiny_target(**SIZES, **options)
+    pair = random_pair(3, target, tiny_head(target))
+    tiled = in_tiles(pair)
+    assert tiled.target_config.weight_tile == tiled.head_config.weight_tile == 8
+    prompts = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7]]
+    for tree in (TreeConfig("best_first", 4, 12), TreeConfig(budget=MOST_ROWS + 9)):
+        one, other = (generate(p, prompts, max_new_tokens=20, tree=tree, eos_token_ids=()) for p in (pair, tiled))
+        assert [(a.token_ids, a.accept_lengths) for a in one] == [(a.token_ids, a.accept_lengths) for a in other]
+    hidden = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 16)))
+    ids, subset = jnp.asarray([[7, 23, 0]]), jnp.asarray([2, 23, 11])
+    for function, argument in ((target_embed, ids), (target_logits, hidden),
+                               (lambda *args: target_logits(*args, subset), hidden)):
+        one, other = (function(p.target_config, p.params.target, argument) for p in (pair, tiled))
+        np.testing.assert_allclose(one, other, rtol=1e-12)
+    for config, params, plain in ((tiled.target_config, tiled.params.target, pair.params.target),
+                                  (tiled.head_config, tiled.params.head, pair.params.head)):
+        restored = from_tiles(config, params)
+        assert restored[0].weight_tile is None
+        jax.tree.map(np.testing.assert_array_equal, restored[1], plain)
+    assert from_tiles(pair.target_config, pair.params.target)[1] is pair.params.target
+
+
+def test_shapes_are_told_in_tiles_too():
+    tiled = dataclasses.replace(tiny_target(**SIZES), weight_tile=8)
+    shapes = target_shapes(tiled)["params"]
+    assert shapes["embedding"].shape == (24, 16)
+    assert shapes["lm_head"].shape == (3, 16, 8)
+    assert shapes["layers_0"]["mlp"]["gate_up_proj"]["kernel"].shape == (6, 16, 8)
+
+
+def test_a_checkpoint_holds_plain_matrices(tmp_path):
+    target = tiny_target(**SIZES, dtype="float32")
+    pair = random_pair(1, target, tiny_head(target))
+    tiled = in_tiles(pair)
+    with checkpoint.written_beside(tmp_path / "saved") as beside:
+        checkpoint.save(beside, tiled.target_config, tiled.params.target, "a test")
+    config, params = checkpoint.load(tmp_path / "saved")
+    assert config == target
+    jax.tree.map(np.testing.assert_array_equal, params, pair.params.target)
+    description = (tmp_path / "saved" / "jetspec.json").read_text()
+    assert "weight_tile" not in description
+    # Nor does a description decide how weights lie in memory.
+    (tmp_path / "saved" / "jetspec.json").write_text(description.replace('"config": {', '"config": {"weight_tile": 5,'))
+    assert checkpoint.load_config(tmp_path / "saved") == target
+
+
+def test_what_is_worth_it():
+    """float32, large, and every matrix in whole tiles."""
+    big = tiny_target(vocab_size=65536, hidden_size=64, intermediate_size=64, num_heads=2, num_kv_heads=1, head_dim=32,
+                      dtype="float32")
+    assert worth_tiles(big, target_shapes_of(big))
+    for config in (big.with_dtype("float64"), dataclasses.replace(big, vocab_size=65537),
+                   dataclasses.replace(big, intermediate_size=48), dataclasses.replace(big, vocab_size=64),
+                   dataclasses.replace(big, product_dtype="bfloat16")):
+        assert not worth_tiles(config, target_shapes_of(config)), config
+    # An embedding table that is no LM head may have any number of rows; its columns are looked up.
+    assert worth_tiles(dataclasses.replace(big, tie_embeddings=True), target_shapes_of(big))
+
+
+def target_shapes_of(config):
+    """Arrays that are as large as the parameters and take no memory."""
+    return jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), target_shapes(config))
+
+
+def test_loading_decides(tmp_path, monkeypatch):
+    target = tiny_target(**SIZES, dtype="float32")
+    pair = random_pair(1, target, tiny_head(target))
+    for name, config, params in (("t", target, pair.params.target), ("h", pair.head_config, pair.params.head)):
+        with checkpoint.written_beside(tmp_path / name) as beside:
+            checkpoint.save(beside, config, params, "a test")
+    monkeypatch.setattr(pretrained, "to_tiles", lambda config, params: to_tiles(config, params, tile=8))
+    monkeypatch.setattr(tiles, "TILE", 8)
+
+    def loaded(**options):
+        found = load_pretrained(tmp_path / "t", tmp_path / "h", **options)
+        return found.target_config.weight_tile, found.head_config.weight_tile
+
+    assert loaded() == (None, None)  # too small
+    assert loaded(tiles=True) == (8, 8)
+    monkeypatch.setattr(tiles, "LEAST_BYTES", 0)
+    assert loaded() == (8, 8)
+    assert loaded(tiles=False) == (None, None)
+    assert loaded(dtype="bfloat16") == (None, None)
+    with pytest.raises(JetSpecError, match="tiles=False"):
+        dataclasses.replace(target, weight_tile=8, product_dtype="bfloat16")
