@@ -1,6 +1,7 @@
 """Where the time of a round goes, and plain decoding beside transformers: all in one run, side by side.
 
     python experiments/round_cost.py --budget 64
+    python experiments/round_cost.py --budget 8 --plain-weights  # beside the same without: what tiles save on a CPU
     python experiments/round_cost.py --against-transformers      # needs the extra `parity`
 
 Phases are compiled apart on the same shapes and timed in turn, so that a noisy machine disturbs all of them alike; the
@@ -53,10 +54,11 @@ def main() -> None:
     add_model_arguments(parser)
     parser.add_argument("--context", type=int, default=256, help="committed tokens (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--plain-weights", action="store_true", help="not in tiles (jetspec_jax.tiles), to compare")
     parser.add_argument("--against-transformers", action="store_true")
     parser.add_argument("--max-new-tokens", type=int, default=96, help="per timed answer beside transformers")
     args = parser.parse_args()
-    pair = load(args)
+    pair = load(args, tiles=False if args.plain_weights else None)
     if not isinstance(pair.head_config, HeadConfig):
         raise JetSpecError("this needs a target with a parallel draft head: name one with --head")
     drafter = HeadDrafter(pair.target_config, pair.head_config, tree_from(args))

@@ -7,9 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from safetensors.numpy import load_file
 
+from experiments.common import tree_from
+from experiments.decode import build_parser
+from jetspec_jax import TreeConfig
 from tests.models import DATA
 
 ROOT = Path(__file__).parent.parent
@@ -62,6 +66,15 @@ def test_an_answer_without_rounds_is_reported_too():
     done = decode(*PAIR, "--prompt", "5", "--max-new-tokens", 1, "--compare-ar", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["rounds"] == 0
+
+
+def test_the_default_tree_is_the_backends(monkeypatch):
+    parse = build_parser().parse_args
+    assert tree_from(parse([])) == TreeConfig("best_first", 16, 8)
+    assert tree_from(parse(["--budget", "64"])) == TreeConfig("best_first", 16, 64)
+    assert tree_from(parse(["--tree-builder", "accum_logp"])) == TreeConfig("accum_logp", 7, 8)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert tree_from(parse([])) == TreeConfig("accum_logp", 7, 64)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -15,6 +15,7 @@ from jetspec_jax.generate import generate
 from jetspec_jax.pair import Pair
 from jetspec_jax.target import target_embed, target_logits, target_shapes
 from jetspec_jax.tiles import MOST_ROWS, columns, from_tiles, tiled_product, to_tiles, worth_tiles
+from jetspec_jax.training.initial import head_from_target
 from tests.models import random_pair, tiny_head, tiny_target
 
 SIZES = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 24}  # all matrices have a multiple of 8 columns
@@ -88,6 +89,13 @@ def test_a_checkpoint_holds_plain_matrices(tmp_path):
     # Nor does a description decide how weights lie in memory.
     (tmp_path / "saved" / "jetspec.json").write_text(description.replace('"config": {', '"config": {"weight_tile": 5,'))
     assert checkpoint.load_config(tmp_path / "saved") == target
+
+
+def test_training_asks_for_plain_matrices():
+    target = tiny_target(**SIZES)
+    tiled = in_tiles(random_pair(1, target, tiny_head(target)))
+    with pytest.raises(JetSpecError, match="tiles=False"):
+        head_from_target(tiled.target_config, tiny_head(target), tiled.params.target, jax.random.key(0))
 
 
 def test_what_is_worth_it():

@@ -19,8 +19,10 @@ def head_from_target(target: TargetConfig, head: HeadConfig, params: dict, key: 
     norms that the target has not are left at one.
 
     Raises:
-        JetSpecError: the layers of target and head differ in shape.
+        JetSpecError: the layers of target and head differ in shape, or the target's weights lie in tiles.
     """
+    if target.weight_tile is not None:
+        raise JetSpecError("a head cannot start from weights in tiles: load the target with tiles=False")
     for name in ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim"):
         if getattr(target, name) != getattr(head, name):
             raise JetSpecError(f"a head cannot start from the target's layers: its {name} is {getattr(head, name)}, "
