@@ -19,7 +19,8 @@ from jetspec_jax.pretrained import cache_folder
 from jetspec_jax.sharding import connect, make_mesh
 
 DEFAULT_TREE = TreeConfig()
-CPU_TREE = TreeConfig("best_first", TREE_WIDTHS["best_first"], 8)  # more nodes cost a CPU more than they bring
+# Of a model whose weights lie in tiles (jetspec_jax.tiles): more nodes cost a CPU more than they bring.
+CPU_TREE = TreeConfig("best_first", TREE_WIDTHS["best_first"], 8)
 
 
 def add_target_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,10 +41,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Which pair, which tree, which sampling."""
     add_pair_arguments(parser)
     parser.add_argument("--tree-builder", choices=get_args(Builder),
-                        help=f"default {DEFAULT_TREE.builder}, on a CPU {CPU_TREE.builder}")
+                        help=f"default {DEFAULT_TREE.builder}; {CPU_TREE.builder} for large models on a CPU")
     add_tree_width(parser)
-    parser.add_argument("--budget", type=int, help=f"nodes of a tree, the root included, 1 to {MAX_TREE_BUDGET} "
-                                                   f"(default {DEFAULT_TREE.budget}, on a CPU {CPU_TREE.budget})")
+    parser.add_argument("--budget", type=int,
+                        help=f"nodes of a tree, the root included, 1 to {MAX_TREE_BUDGET} (default "
+                             f"{DEFAULT_TREE.budget}; {CPU_TREE.budget} for large models on a CPU)")
     add_sampling(parser)
 
 
@@ -90,9 +92,13 @@ def tree_of(builder: Builder, budget: int, args: argparse.Namespace) -> TreeConf
     return TreeConfig(builder, TREE_WIDTHS[builder] if args.tree_width is None else args.tree_width, budget)
 
 
-def tree_from(args: argparse.Namespace) -> TreeConfig:
-    """The tree that the options name; what they leave out is what pays off on this backend."""
-    default = CPU_TREE if jax.default_backend() == "cpu" else DEFAULT_TREE
+def tree_from(args: argparse.Namespace, pair: Pair | None = None) -> TreeConfig:
+    """The tree that the options name; what they leave out is what pays off with this pair.
+
+    Raises:
+        JetSpecError: an option out of its range, whatever the pair.
+    """
+    default = CPU_TREE if pair is not None and pair.target_config.weight_tile else DEFAULT_TREE
     return tree_of(args.tree_builder or default.builder, default.budget if args.budget is None else args.budget, args)
 
 

@@ -37,16 +37,17 @@ PROMPTS = ("Explain in a few sentences why the sky is blue.",
 
 def main() -> None:
     args = build_parser().parse_args()
-    mesh = mesh_from(args)  # several processes meet before anything asks for a device
     # A wrong option should not cost the loading of a model.
-    tree, sampling, messages = tree_from(args), sampling_from(args), read_prompts(args)
+    tree_from(args)
+    sampling, messages = sampling_from(args), read_prompts(args)
     if args.max_new_tokens < 1:
         raise JetSpecError(f"--max-new-tokens must be at least 1, not {args.max_new_tokens}")
     if not 0 <= args.seed < 2**32:
         raise JetSpecError(f"--seed must be from 0 to 2**32 - 1, not {args.seed}")
     if args.system is not None and args.no_chat_template:
         raise JetSpecError("--system is part of the chat template: it cannot go with --no-chat-template")
-    pair = load(args, mesh)
+    pair = load(args, mesh_from(args))
+    tree = tree_from(args, pair)
     prompts = [as_prompt(pair, message, args) for message in messages]
     answers = [answer(pair, message, prompt, i, args, tree, sampling) for i, (message, prompt) in
                enumerate(zip(messages, prompts, strict=True))]

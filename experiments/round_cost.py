@@ -61,7 +61,7 @@ def main() -> None:
     pair = load(args, tiles=False if args.plain_weights else None)
     if not isinstance(pair.head_config, HeadConfig):
         raise JetSpecError("this needs a target with a parallel draft head: name one with --head")
-    drafter = HeadDrafter(pair.target_config, pair.head_config, tree_from(args))
+    drafter = HeadDrafter(pair.target_config, pair.head_config, tree_from(args, pair))
     decoder, sampling = Decoder(pair.target_config, drafter), sampling_from(args)
     state = ready_state(pair, decoder, sampling, args.context)
     times = measure(phases_of_a_round(pair, drafter, state), args.repeats)

@@ -7,14 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 from safetensors.numpy import load_file
 
 from experiments.common import tree_from
 from experiments.decode import build_parser
 from jetspec_jax import TreeConfig
-from tests.models import DATA
+from tests.models import DATA, random_pair, tiny_head, tiny_target
 
 ROOT = Path(__file__).parent.parent
 PAIR = ("--model", DATA / "dense" / "target", "--head", DATA / "dense" / "head")
@@ -68,13 +67,14 @@ def test_an_answer_without_rounds_is_reported_too():
     assert json.loads(done.stdout.splitlines()[-1])["rounds"] == 0
 
 
-def test_the_default_tree_is_the_backends(monkeypatch):
+def test_the_default_tree_is_the_pairs():
     parse = build_parser().parse_args
-    assert tree_from(parse([])) == TreeConfig("best_first", 16, 8)
-    assert tree_from(parse(["--budget", "64"])) == TreeConfig("best_first", 16, 64)
-    assert tree_from(parse(["--tree-builder", "accum_logp"])) == TreeConfig("accum_logp", 7, 8)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert tree_from(parse([])) == TreeConfig("accum_logp", 7, 64)
+    plain = random_pair(0, tiny_target(), tiny_head(tiny_target()))
+    tiled = dataclasses.replace(plain, target_config=dataclasses.replace(plain.target_config, weight_tile=8))
+    assert tree_from(parse([]), plain) == tree_from(parse([])) == TreeConfig("accum_logp", 7, 64)
+    assert tree_from(parse([]), tiled) == TreeConfig("best_first", 16, 8)
+    assert tree_from(parse(["--budget", "64"]), tiled) == TreeConfig("best_first", 16, 64)
+    assert tree_from(parse(["--tree-builder", "accum_logp"]), tiled) == TreeConfig("accum_logp", 7, 8)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
