@@ -265,7 +265,8 @@ def branch_gaps(target: TargetConfig, head: HeadConfig, layers: tuple[int, ...],
 
 def plot_trees(file: Path, rows: list[dict[str, Any]]) -> None:
     names = [name for name in rows[0] if name.startswith("accept")]
-    lines = [Line(r["run"], [name.removeprefix("accept_") for name in names], [r[name] for name in names]) for r in rows]
+    ticks = [name.removeprefix("accept_") for name in names]
+    lines = [Line(r["run"], ticks, [r[name] for name in names]) for r in rows]
     save_plot(file, [[Panel("tree", ACCEPTED, lines)]])
 
 
