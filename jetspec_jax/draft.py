@@ -167,6 +167,12 @@ class HeadDrafter:
         return min(self.head.block_size, self.nodes)
 
     @property
+    def slots(self) -> int:
+        """Slots of a draft, the anchor's included: G; but N nodes are at most N-1 deep, and a causal head's first slots
+        do not see the later ones."""
+        return min(self.head.block_size, max(self.nodes, 2)) if self.head.causal else self.head.block_size
+
+    @property
     def _tree(self) -> TreeConfig:
         """A vocabulary smaller than W has no W tokens to offer."""
         return TreeConfig(self.tree.builder, min(self.tree.width, self.head.vocab_size), self.tree.budget)
@@ -200,17 +206,17 @@ class HeadDrafter:
 
     def draft_logits(self, params: Params, state: HeadState, anchor: Array,
                      position: Array) -> tuple[Array, Array, Array]:
-        """The head's forward: logits [B, G, V], row 0 unused, and keys and values of the pending rows."""
-        masks = jnp.full((anchor.shape[0], self.head.block_size - 1), self.head.mask_token_id, jnp.int32)
+        """The head's forward: logits [B, slots, V], row 0 unused, and keys and values of the pending rows."""
+        masks = jnp.full((anchor.shape[0], self.slots - 1), self.head.mask_token_id, jnp.int32)
         slots = jnp.concatenate([anchor[:, None], masks], axis=1)
         block = target_embed(self.target, params.target, slots).astype(self.head.jnp_dtype)
         out = head_forward(self.head, params.head, block, position, state.pending.astype(self.head.jnp_dtype),
                            state.pending_count, state.cache)
-        # All G rows: the product costs a GPU the same, and a slice of its result would be a copy.
+        # All rows: the product costs a GPU the same, and a slice of its result would be a copy.
         return target_logits(self.target, params.target, out.hidden.astype(self.target.jnp_dtype)), out.k, out.v
 
     def grow(self, anchor: Array, logits: Array) -> DraftTree:
-        """Top-W log-probabilities of each depth from logits [B, G, V], row 0 unused, then the builder."""
+        """Top-W log-probabilities of each depth from logits [B, slots, V], row 0 unused, then the builder."""
         width = 1 if self._tree.builder == "chain" else self._tree.width
         tokens, logp = top_logp(logits, width, self.head.kernels, self.target.shards, skip=1)
         return build_tree(self._tree, anchor, tokens, logp, self.head.kernels)

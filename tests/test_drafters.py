@@ -12,15 +12,32 @@ import pytest
 from jetspec_jax import JetSpecError, PromptLookup, SamplingParams, TreeConfig
 from jetspec_jax.autoregressive import autoregressive_shapes
 from jetspec_jax.config import AutoregressiveHeadConfig
-from jetspec_jax.draft import Params
+from jetspec_jax.draft import HeadDrafter, Params
 from jetspec_jax.generate import generate
 from jetspec_jax.lookup import LookupDrafter
 from jetspec_jax.training.batches import Batches
 from jetspec_jax.training.evaluate import accepted_on
-from tests.models import PROGRAMS, random_pair, random_params, tiny_target
+from tests.models import PROGRAMS, random_pair, random_params, tiny_head, tiny_target
 from tests.test_training import LAYERS, PROMPTS, config_of, losses, record, trainer_of
 
 SAMPLING = [SamplingParams(), SamplingParams(0.9, top_p=0.8)]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("tree", [TreeConfig("best_first", 3, 4), TreeConfig("accum_logp", 2, 3),
+                                  TreeConfig("chain", budget=2), TreeConfig(budget=1)], ids=str)
+def test_a_small_tree_drafts_what_it_can_use(causal, tree, monkeypatch):
+    """Fewer slots where a causal head allows it, and then the very trees of all slots."""
+    target = tiny_target()
+    pair = random_pair(5, target, tiny_head(target, block_size=6, causal=causal))
+    drafter = HeadDrafter(target, pair.head_config, tree)
+    assert drafter.slots == (max(2, tree.budget) if causal else 6)
+    state = drafter.create(2, 40)
+    state = dataclasses.replace(state, pending=state.pending + 0.3, pending_count=jnp.asarray([1, 1], jnp.int32))
+    at = (jnp.asarray([[3, 1, 4], [9, 2, 6]], jnp.int32), jnp.asarray([2, 1], jnp.int32))
+    found = drafter.propose(pair.params, state, *at)[0]
+    monkeypatch.setattr(HeadDrafter, "slots", 6)
+    jax.tree.map(np.testing.assert_array_equal, found, drafter.propose(pair.params, state, *at)[0])
 
 
 def naive_lookup(tokens, lookup):
