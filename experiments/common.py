@@ -20,7 +20,7 @@ from jetspec_jax.sharding import connect, make_mesh
 
 DEFAULT_TREE = TreeConfig()
 # Of a model whose weights lie in tiles (jetspec_jax.tiles): more nodes cost a CPU more than they bring.
-CPU_TREE = TreeConfig("best_first", TREE_WIDTHS["best_first"], 8)
+CPU_TREE = TreeConfig("best_first", TREE_WIDTHS["best_first"], 4)
 
 
 def add_target_arguments(parser: argparse.ArgumentParser) -> None:

@@ -72,9 +72,9 @@ def test_the_default_tree_is_the_pairs():
     plain = random_pair(0, tiny_target(), tiny_head(tiny_target()))
     tiled = dataclasses.replace(plain, target_config=dataclasses.replace(plain.target_config, weight_tile=8))
     assert tree_from(parse([]), plain) == tree_from(parse([])) == TreeConfig("accum_logp", 7, 64)
-    assert tree_from(parse([]), tiled) == TreeConfig("best_first", 16, 8)
+    assert tree_from(parse([]), tiled) == TreeConfig("best_first", 16, 4)
     assert tree_from(parse(["--budget", "64"]), tiled) == TreeConfig("best_first", 16, 64)
-    assert tree_from(parse(["--tree-builder", "accum_logp"]), tiled) == TreeConfig("accum_logp", 7, 8)
+    assert tree_from(parse(["--tree-builder", "accum_logp"]), tiled) == TreeConfig("accum_logp", 7, 4)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
