@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
+from experiments import common
 from experiments.common import tree_from
 from experiments.decode import build_parser
 from jetspec_jax import TreeConfig
@@ -67,14 +68,16 @@ def test_an_answer_without_rounds_is_reported_too():
     assert json.loads(done.stdout.splitlines()[-1])["rounds"] == 0
 
 
-def test_the_default_tree_is_the_pairs():
+def test_the_default_tree_is_the_pairs(monkeypatch):
     parse = build_parser().parse_args
-    plain = random_pair(0, tiny_target(), tiny_head(tiny_target()))
-    tiled = dataclasses.replace(plain, target_config=dataclasses.replace(plain.target_config, weight_tile=8))
-    assert tree_from(parse([]), plain) == tree_from(parse([])) == TreeConfig("accum_logp", 7, 64)
-    assert tree_from(parse([]), tiled) == TreeConfig("best_first", 16, 4)
-    assert tree_from(parse(["--budget", "64"]), tiled) == TreeConfig("best_first", 16, 64)
-    assert tree_from(parse(["--tree-builder", "accum_logp"]), tiled) == TreeConfig("accum_logp", 7, 4)
+    pair = random_pair(0, tiny_target(), tiny_head(tiny_target()))
+    assert tree_from(parse([]), pair) == tree_from(parse([])) == TreeConfig("accum_logp", 7, 64)
+    monkeypatch.setattr(common, "LEAST_BYTES", 0)  # a large one
+    assert tree_from(parse([]), pair) == TreeConfig("best_first", 16, 4)
+    assert tree_from(parse(["--budget", "64"]), pair) == TreeConfig("best_first", 16, 64)
+    assert tree_from(parse(["--tree-builder", "accum_logp"]), pair) == TreeConfig("accum_logp", 7, 4)
+    monkeypatch.setattr(common.jax, "default_backend", lambda: "gpu")
+    assert tree_from(parse([]), pair) == TreeConfig("accum_logp", 7, 64)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -98,8 +98,9 @@ def test_training_asks_for_plain_matrices():
         head_from_target(tiled.target_config, tiny_head(target), tiled.params.target, jax.random.key(0))
 
 
-def test_what_is_worth_it():
-    """float32, large, and every matrix in whole tiles."""
+def test_what_is_worth_it(monkeypatch):
+    """One core, float32, large, and every matrix in whole tiles."""
+    monkeypatch.setattr(tiles, "cores", lambda: 1)
     big = tiny_target(vocab_size=65536, hidden_size=64, intermediate_size=64, num_heads=2, num_kv_heads=1, head_dim=32,
                       dtype="float32")
     assert worth_tiles(big, target_shapes_of(big))
@@ -107,6 +108,9 @@ def test_what_is_worth_it():
                    dataclasses.replace(big, intermediate_size=48), dataclasses.replace(big, vocab_size=64),
                    dataclasses.replace(big, product_dtype="bfloat16")):
         assert not worth_tiles(config, target_shapes_of(config)), config
+    monkeypatch.setattr(tiles, "cores", lambda: 2)
+    assert not worth_tiles(big, target_shapes_of(big))
+    monkeypatch.setattr(tiles, "cores", lambda: 1)
     # An embedding table that is no LM head may have any number of rows; its columns are looked up.
     assert worth_tiles(dataclasses.replace(big, tie_embeddings=True), target_shapes_of(big))
 
@@ -124,6 +128,7 @@ def test_loading_decides(tmp_path, monkeypatch):
             checkpoint.save(beside, config, params, "a test")
     monkeypatch.setattr(pretrained, "to_tiles", lambda config, params: to_tiles(config, params, tile=8))
     monkeypatch.setattr(tiles, "TILE", 8)
+    monkeypatch.setattr(tiles, "cores", lambda: 1)
 
     def loaded(**options):
         found = load_pretrained(tmp_path / "t", tmp_path / "h", **options)
