@@ -1,4 +1,4 @@
-"""Weights in column tiles: how one core of a CPU multiplies a few rows by a large matrix at the speed of its memory.
+"""Weights in column tiles: how a CPU of few cores multiplies a few rows by a large matrix at the speed of its memory.
 
 XLA's product on the CPU copies a [A, Z] matrix piece by piece into an order of its own before it multiplies, whatever
 the number of rows, which for the few rows of a draft tree costs more than the arithmetic. A matrix that is stored as
@@ -20,17 +20,17 @@ from jetspec_jax.config import TargetConfig, TransformerConfig
 
 TILE = 64  # columns; see docs/benchmarks.md
 MOST_ROWS = 32
+MOST_CORES = 2  # XLA spreads a plain product over all cores, tiles it does not
 LEAST_BYTES = 2**24  # smaller models stay in the processor's cache anyway
 
 Config = TypeVar("Config", bound=TransformerConfig)
 
 
 def worth_tiles(config: TransformerConfig, params: dict) -> bool:
-    """Whether these weights are faster in tiles: on a single core (XLA spreads a plain product over several, tiles it does
-    not), float32, many, and of sizes that a tile divides."""
+    """Whether these weights are faster in tiles: on few cores, float32, many, and of sizes that a tile divides."""
     found = jax.tree_util.tree_flatten_with_path(params)[0]
     sizes = [leaf.shape[axis] for path, leaf in found if (axis := _column_axis(config, path)) is not None]
-    return (cores() == 1 and config.dtype == "float32" and config.product_dtype is None
+    return (cores() <= MOST_CORES and config.dtype == "float32" and config.product_dtype is None
             and sum(leaf.nbytes for _, leaf in found) >= LEAST_BYTES and all(size % TILE == 0 for size in sizes))
 
 

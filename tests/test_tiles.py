@@ -99,7 +99,7 @@ def test_training_asks_for_plain_matrices():
 
 
 def test_what_is_worth_it(monkeypatch):
-    """One core, float32, large, and every matrix in whole tiles."""
+    """Few cores, float32, large, and every matrix in whole tiles."""
     monkeypatch.setattr(tiles, "cores", lambda: 1)
     big = tiny_target(vocab_size=65536, hidden_size=64, intermediate_size=64, num_heads=2, num_kv_heads=1, head_dim=32,
                       dtype="float32")
@@ -108,7 +108,7 @@ def test_what_is_worth_it(monkeypatch):
                    dataclasses.replace(big, intermediate_size=48), dataclasses.replace(big, vocab_size=64),
                    dataclasses.replace(big, product_dtype="bfloat16")):
         assert not worth_tiles(config, target_shapes_of(config)), config
-    monkeypatch.setattr(tiles, "cores", lambda: 2)
+    monkeypatch.setattr(tiles, "cores", lambda: 3)
     assert not worth_tiles(big, target_shapes_of(big))
     monkeypatch.setattr(tiles, "cores", lambda: 1)
     # An embedding table that is no LM head may have any number of rows; its columns are looked up.
