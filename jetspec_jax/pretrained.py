@@ -38,6 +38,8 @@ def load_pretrained(target: str | Path, head: str | Path | None = None, *, dtype
             bfloat16 products are many times slower.
         mesh: the devices that decode together, from `jetspec_jax.sharding.make_mesh`; None is one device. Weights
             converted before are read share by share; of others the host holds one whole parameter at a time.
+        tiles: keep the matrices in column tiles (`jetspec_jax.tiles`), which one core multiplies by the few rows of a
+            tree about 1.5 times as fast. None: on a CPU of one or two cores. Training wants plain matrices (False).
 
     Raises:
         JetSpecError: an unknown name, something that cannot be fetched, weights that do not fit, or a model that the
