@@ -45,6 +45,8 @@ def load_pretrained(target: str | Path, head: str | Path | None = None, *, dtype
         JetSpecError: an unknown name, something that cannot be fetched, weights that do not fit, or a model that the
             mesh cannot share evenly.
     """
+    if tiles and mesh is not None:
+        raise JetSpecError("weights in tiles are not shared by several devices: leave out tiles or mesh")
     shards = shards_of(mesh)[1]
     dtype = _dtype(dtype)
     preset = PRESETS.get(str(target)) if not Path(target).exists() else None

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jetspec_jax.config import TargetConfig, TransformerConfig
+from jetspec_jax.errors import JetSpecError
 
-TILE = 64  # columns; see docs/benchmarks.md
-MOST_ROWS = 32
+TILE = 64  # columns
+MOST_ROWS = 32  # beyond them the copies of x that `tiled_product` makes cost more than they save
 MOST_CORES = 2  # XLA spreads a plain product over all cores, tiles it does not
 LEAST_BYTES = 2**24  # smaller models stay in the processor's cache anyway
 
@@ -28,10 +29,9 @@ Config = TypeVar("Config", bound=TransformerConfig)
 
 def worth_tiles(config: TransformerConfig, params: dict) -> bool:
     """Whether these weights are faster in tiles: on few cores, float32, many, and of sizes that a tile divides."""
-    found = jax.tree_util.tree_flatten_with_path(params)[0]
-    sizes = [leaf.shape[axis] for path, leaf in found if (axis := _column_axis(config, path)) is not None]
     return (cores() <= MOST_CORES and config.dtype == "float32" and config.product_dtype is None
-            and sum(leaf.nbytes for _, leaf in found) >= LEAST_BYTES and all(size % TILE == 0 for size in sizes))
+            and sum(leaf.nbytes for leaf in jax.tree.leaves(params)) >= LEAST_BYTES
+            and all(size % TILE == 0 for size in _column_counts(config, params)))
 
 
 def cores() -> int:
@@ -45,8 +45,16 @@ def to_tiles(config: Config, params: dict, tile: int = TILE) -> tuple[Config, di
     Args:
         config: with plain matrices.
         params: `{"params": ...}`; each matrix is deleted when its successor is made, so that there is no second model.
-        tile: columns of a tile; divides the columns of every matrix.
+        tile: columns of a tile.
+
+    Raises:
+        JetSpecError: a matrix whose columns are no whole number of tiles.
     """
+    uneven = [size for size in _column_counts(config, params) if size % tile]
+    if uneven:
+        raise JetSpecError(f"a {config.kind} with a matrix of {uneven[0]} columns cannot lie in tiles of {tile}: load "
+                           "it with tiles=False")
+
     def convert(path: tuple[Any, ...], w: Array) -> Array:
         axis = _column_axis(config, path)
         if axis is None:
@@ -97,6 +105,12 @@ def columns(w: Array, at: Array) -> Array:
     """The columns `at` int32 [...] of a matrix [A, Z] in tiles, [..., A]."""
     tile = w.shape[2]
     return w[at // tile, :, at % tile]
+
+
+def _column_counts(config: TransformerConfig, params: dict) -> list[int]:
+    """The columns of every matrix that can lie in tiles."""
+    found = jax.tree_util.tree_flatten_with_path(params)[0]
+    return [leaf.shape[axis] for path, leaf in found if (axis := _column_axis(config, path)) is not None]
 
 
 def _column_axis(config: TransformerConfig, path: tuple[Any, ...]) -> int | None:

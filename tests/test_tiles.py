@@ -13,6 +13,7 @@ from jetspec_jax import JetSpecError, TreeConfig, checkpoint, load_pretrained, p
 from jetspec_jax.draft import Params
 from jetspec_jax.generate import generate
 from jetspec_jax.pair import Pair
+from jetspec_jax.sharding import make_mesh
 from jetspec_jax.target import target_embed, target_logits, target_shapes
 from jetspec_jax.tiles import MOST_ROWS, columns, from_tiles, tiled_product, to_tiles, worth_tiles
 from jetspec_jax.training.initial import head_from_target
@@ -140,5 +141,10 @@ def test_loading_decides(tmp_path, monkeypatch):
     assert loaded() == (8, 8)
     assert loaded(tiles=False) == (None, None)
     assert loaded(dtype="bfloat16") == (None, None)
+    with pytest.raises(JetSpecError, match="leave out tiles or mesh"):
+        loaded(tiles=True, mesh=make_mesh(1))
+    monkeypatch.setattr(pretrained, "to_tiles", lambda config, params: to_tiles(config, params, tile=7))
+    with pytest.raises(JetSpecError, match=r"a target with a matrix of \d+ columns cannot lie in tiles of 7"):
+        loaded(tiles=True)
     with pytest.raises(JetSpecError, match="tiles=False"):
         dataclasses.replace(target, weight_tile=8, product_dtype="bfloat16")
