@@ -12,7 +12,7 @@ demo: $(VENV)/.demo$(EXTRAS)
 	$(BIN)/python experiments/decode.py --compare-ar $(ARGS)
 
 test: lint aot
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not aot" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 -m "not aot" $(ARGS)
 
 # The compiler for an H100 lives in its own environment: without a driver it complains whenever JAX starts.
 aot: $(PLAN)/.ready

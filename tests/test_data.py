@@ -254,7 +254,7 @@ def test_answers_are_recorded_from_the_command_line(fake_suites, tmp_path, monke
     """Killed and started again it goes on; without states training runs the target; foreign texts stay."""
     target = tiny_target(dtype="float32")
     pair = dataclasses.replace(random_pair(0, target, tiny_head(target, target_layer_ids=(0, 1))), tokenizer=Letters())
-    monkeypatch.setattr(generate_data, "load", lambda args: pair)
+    monkeypatch.setattr(generate_data, "load", lambda *_, **__: pair)
     monkeypatch.setattr(generate_data, "SHARD", 2)
     file = write_jsonl(tmp_path / "p.jsonl", [f"{a}{b} stop" for a in "cdef" for b in "gh"])
     options = ["--model", "tiny", "--source", f"{file}=7", "--batch-size", 2, "--max-new-tokens", 6, "--seed", 3]

@@ -26,8 +26,9 @@ def top_w(logits: Array, width: int, skip: int = 0) -> tuple[Array, Array]:
         top = jnp.take_along_axis(logits, tokens, axis=-1)
     else:
         # Where only some rows are used later, XLA on the CPU would cut the others off before, and then sort the
-        # vocabulary instead of picking its best.
-        top, tokens = lax.optimization_barrier(lax.top_k(logits, width))
+        # vocabulary instead of picking its best. One barrier for both would become one of top_k itself, on which XLA
+        # aborts where it replaces top_k by a sort (float64).
+        top, tokens = map(lax.optimization_barrier, lax.top_k(logits, width))
     return tokens.astype(jnp.int32), top - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
 
 
