@@ -12,7 +12,6 @@ weights. With --out, results.json, results.md and scaling.png are written there.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +33,9 @@ from experiments.decode import summarize
 from experiments.peers import PEERS, Peer, PeerAnswer
 from experiments.phases import ready_state, shares
 from experiments.plots import Line, Panel, save_plot
-from jetspec_jax import JetSpecError, Pair, PromptLookup, SamplingParams, TreeConfig, load_pretrained
+from jetspec_jax import JetSpecError, Pair, PromptLookup, SamplingParams, TreeConfig, with_head
 from jetspec_jax.config import MAX_TREE_BUDGET, Builder, HeadConfig
 from jetspec_jax.decode import Decoder
-from jetspec_jax.draft import Params
 from jetspec_jax.generate import Draft, Generation, drafter_of, generate
 from jetspec_jax.pretrained import cache_folder
 from jetspec_jax.suites import SUITES, suite_messages
@@ -153,7 +151,13 @@ def methods_of(name: str, budgets: list[int], pair: Pair, args: argparse.Namespa
         lookup = PromptLookup(args.lookup_ngram, args.lookup_length)
         return [Method(name, lookup.length + 1, lookup, pair)]
     kind = _HEAD_OF.get(name, "causal")
-    own = pair if kind == "causal" else with_head(pair, kind, getattr(args, f"{kind}_head"), args)
+    own = pair
+    if kind != "causal":
+        head = getattr(args, f"{kind}_head")
+        if head is None:
+            raise JetSpecError(f"this method needs a head of its own: --{kind}-head (train one with "
+                               "experiments/train_head.py)")
+        own = with_head(pair, head, dtype=args.dtype)
     if own.head_config is None:
         raise JetSpecError(f"method {name} needs a draft head: name one with --head")
     found = "autoregressive"
@@ -166,15 +170,6 @@ def methods_of(name: str, budgets: list[int], pair: Pair, args: argparse.Namespa
         size = own.head_config.block_size
         return [Method(name, size, TreeConfig(builder, 1, size), own)]
     return [Method(name, budget, tree_of(builder, budget, args), own) for budget in budgets]
-
-
-def with_head(pair: Pair, kind: str, head: str | None, args: argparse.Namespace) -> Pair:
-    """The same target with another head."""
-    if head is None:
-        raise JetSpecError(f"this method needs a head of its own: --{kind}-head (train one with "
-                           "experiments/train_head.py)")
-    other = load_pretrained(args.model, head, dtype=args.dtype)
-    return dataclasses.replace(other, params=Params(pair.params.target, other.params.head), programs=pair.programs)
 
 
 def pick(messages: list[str], limit: int) -> list[str]:

@@ -15,13 +15,9 @@ from jax.sharding import Mesh
 
 from jetspec_jax import PRESETS, JetSpecError, Pair, SamplingParams, TreeConfig, load_pretrained
 from jetspec_jax.config import FLOAT_DTYPES, MAX_TREE_BUDGET, MAX_TREE_WIDTH, TREE_WIDTHS, Builder
+from jetspec_jax.generate import CPU_TREE, DEFAULT_TREE, default_tree
 from jetspec_jax.pretrained import cache_folder
 from jetspec_jax.sharding import connect, make_mesh
-from jetspec_jax.tiles import LEAST_BYTES
-
-DEFAULT_TREE = TreeConfig()
-# Of a model that does not fit into a CPU's cache: more nodes cost it more than they bring.
-CPU_TREE = TreeConfig("best_first", TREE_WIDTHS["best_first"], 4)
 
 
 def add_target_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,8 +95,7 @@ def tree_from(args: argparse.Namespace, pair: Pair | None = None) -> TreeConfig:
     Raises:
         JetSpecError: an option out of its range, whatever the pair.
     """
-    large = pair is not None and sum(leaf.nbytes for leaf in jax.tree.leaves(pair.params.target)) >= LEAST_BYTES
-    default = CPU_TREE if large and jax.default_backend() == "cpu" else DEFAULT_TREE
+    default = DEFAULT_TREE if pair is None else default_tree(pair)
     return tree_of(args.tree_builder or default.builder, default.budget if args.budget is None else args.budget, args)
 
 

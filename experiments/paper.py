@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from experiments.common import add_compile_cache, check_output, run_main, write_text
 from experiments.plots import Line, Panel, save_plot
-from jetspec_jax import HeadConfig, JetSpecError, Pair, TreeConfig, load_pretrained
+from jetspec_jax import HeadConfig, JetSpecError, Pair, TreeConfig, load_pretrained, with_head
 from jetspec_jax.attention import causal_bits, pack_bits
 from jetspec_jax.cache import KVCache
 from jetspec_jax.config import PRESETS, TargetConfig
@@ -199,7 +199,7 @@ def faithfulness(args: argparse.Namespace, pair: Pair, dataset: Dataset) -> list
     for name, path in (("causal", args.causal_head), ("bidirectional", args.bidirectional_head)):
         if path is None:
             raise JetSpecError(f"faithfulness needs --{name}-head: train one with experiments/train_head.py")
-        loaded = load_pretrained(args.model, path, tiles=False)
+        loaded = with_head(pair, path)
         head = loaded.head_config
         if not isinstance(head, HeadConfig) or head.causal is not (name == "causal"):
             raise JetSpecError(f"--{name}-head {path} holds no {name} parallel head")

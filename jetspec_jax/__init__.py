@@ -10,8 +10,8 @@ Dimension glossary, the same letters everywhere:
 from jetspec_jax.config import PRESETS, HeadConfig, PromptLookup, SamplingParams, TargetConfig, TreeConfig
 from jetspec_jax.errors import JetSpecError
 from jetspec_jax.pair import Pair
-from jetspec_jax.pretrained import load_pretrained
+from jetspec_jax.pretrained import load_pretrained, with_head
 
 __all__ = ["PRESETS", "HeadConfig", "JetSpecError", "Pair", "PromptLookup", "SamplingParams", "TargetConfig",
-           "TreeConfig", "load_pretrained"]
+           "TreeConfig", "load_pretrained", "with_head"]
 __version__ = "0.1.0"

@@ -151,13 +151,22 @@ class AutoregressiveDrafter:
         return self.head.target_layer_ids
 
     @property
+    def _most_below(self) -> int:
+        """Nodes below the root, by the budget: no level, and no node of one, beyond that many can be among the best."""
+        return max(self.tree.budget - 1, 1)
+
+    @property
+    def depths(self) -> int:
+        """Levels that are drafted, a pass each."""
+        return min(self.head.block_size - 1, self._most_below)
+
+    @property
     def _width(self) -> int:
-        return 1 if self.tree.builder == "chain" else min(self.tree.width, self.head.vocab_size)
+        return 1 if self.tree.builder == "chain" else min(self.tree.width, self.head.vocab_size, self._most_below)
 
     @property
     def nodes(self) -> int:
-        depths = self.head.block_size - 1
-        return min(self.tree.budget, 1 + self._width + (depths - 1) * self._width**2)
+        return min(self.tree.budget, 1 + self._width + (self.depths - 1) * self._width**2)
 
     @property
     def max_path(self) -> int:
@@ -239,7 +248,7 @@ class AutoregressiveDrafter:
         ancestors = jnp.zeros((batch, width, 0), bool)  # over the rows of earlier levels
         past: list[tuple[Array, Array]] = []
         offset = width
-        for depth in range(1, self.head.block_size - 1):
+        for depth in range(1, self.depths):
             itself = jnp.broadcast_to(jnp.eye(width, dtype=bool)[None], (batch, width, width))
             seen = jnp.concatenate([ancestors, itself], axis=-1)
             out = self._run(params, token, feature, position[:, None] + jnp.full((batch, width), depth, jnp.int32),
@@ -280,7 +289,7 @@ class AutoregressiveDrafter:
         parent = jnp.where(above < 0, 0, jnp.take_along_axis(node_of, jnp.maximum(above, 0), axis=1))
         return assemble_tree(with_root(anchor[:, None], pick(pool.token)), with_root(-1, parent),
                              with_root(0, pick(pool.depth)), with_root(0, pick(pool.score)),
-                             jnp.full((batch,), self.nodes, jnp.int32), depths=self.head.block_size - 1)
+                             jnp.full((batch,), self.nodes, jnp.int32), depths=self.depths)
 
     def observe(self, state: AutoregressiveState, tapped: Array, path: Array, count: Array) -> AutoregressiveState:
         rows = jnp.take_along_axis(tapped, path[:, :, None], axis=1)

@@ -6,13 +6,14 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from jetspec_jax.autoregressive import AutoregressiveDrafter
 from jetspec_jax.config import (
+    TREE_WIDTHS,
     AutoregressiveHeadConfig,
     HeadConfig,
     PromptLookup,
@@ -29,6 +30,8 @@ from jetspec_jax.sampling import Sampler, sequence_keys
 from jetspec_jax.sharding import fetch, over_mesh, put, shards_of
 
 DEFAULT_TREE = TreeConfig()
+CPU_TREE = TreeConfig("best_first", TREE_WIDTHS["best_first"], 4)  # more nodes cost a CPU more than they bring
+CPU_TREE_BYTES = 2**24  # of a target that does not fit into the processor's cache
 DEFAULT_SAMPLING = SamplingParams()
 DEFAULT_BATCH = 8
 PROMPT_CHUNK = 256  # prompt tokens per forward
@@ -37,7 +40,7 @@ PROMPT_TOKENS = 16384  # that they may take together, padding included
 STREAM_ROUNDS = 4  # rounds between two fetches of a stream
 
 Prompt = str | Sequence[int]
-Draft = TreeConfig | PromptLookup
+Draft = TreeConfig | PromptLookup | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class StreamChunk:
 
 
 def generate(pair: Pair, prompt: Prompt | Sequence[Prompt], *, max_new_tokens: int = 256,
-             batch_size: int | None = None, tree: Draft | None = DEFAULT_TREE,
+             batch_size: int | None = None, tree: Draft | None = "auto",
              sampling: SamplingParams = DEFAULT_SAMPLING, eos_token_ids: Sequence[int] | None = None,
              seed: int = 0) -> Any:
     """Answers one prompt or many; losslessly: the tokens are those of plain decoding.
@@ -100,7 +103,7 @@ def generate(pair: Pair, prompt: Prompt | Sequence[Prompt], *, max_new_tokens: i
         batch_size: sequences decoded together; further prompts refill finished rows. None: all, 8 at most (on every
             group of devices, where a mesh has several).
         tree: how trees are drafted: by the head (`TreeConfig`), or from the text so far (`PromptLookup`, which needs
-            no head); None is plain decoding through the same forward.
+            no head); None is plain decoding through the same forward. "auto" takes `default_tree(pair)`.
         sampling: greedy, or temperature with top-k and top-p. Noise depends on the seed, the prompt's index and the
             position alone, so neither tree nor batch size changes what is drawn.
         eos_token_ids: tokens that end an answer; None takes the target's, () never stops early.
@@ -125,7 +128,7 @@ def generate(pair: Pair, prompt: Prompt | Sequence[Prompt], *, max_new_tokens: i
 
 
 def stream(pair: Pair, prompt: Prompt | Sequence[Prompt], *, max_new_tokens: int = 256,
-           batch_size: int | None = None, tree: Draft | None = DEFAULT_TREE,
+           batch_size: int | None = None, tree: Draft | None = "auto",
            sampling: SamplingParams = DEFAULT_SAMPLING, eos_token_ids: Sequence[int] | None = None, seed: int = 0,
            rounds_per_chunk: int = STREAM_ROUNDS) -> Iterator[StreamChunk]:
     """The same as `generate`, telling what has been accepted every `rounds_per_chunk` rounds.
@@ -328,20 +331,30 @@ class Run:
         """
         before = self._decode(answer[request.context:request.told_text]) or ""
         text = self._decode(answer[request.context:]) or ""
-        if not done and text.endswith("\N{REPLACEMENT CHARACTER}"):
+        # Nothing new (a special token, a row that waited) is no neighbour to the next piece.
+        if len(text) <= len(before) or (not done and text.endswith("\N{REPLACEMENT CHARACTER}")):
             return ""
         request.context, request.told_text = request.told_text, len(answer)
         return text[len(before):]
 
 
+def default_tree(pair: Pair) -> TreeConfig:
+    """The published tree; on a CPU, whose forward pays for every node of a large target, few of the best nodes."""
+    large = sum(leaf.nbytes for leaf in jax.tree.leaves(pair.params.target)) >= CPU_TREE_BYTES
+    return CPU_TREE if large and jax.default_backend() == "cpu" else DEFAULT_TREE
+
+
 def drafter_of(pair: Pair, tree: Draft | None) -> Drafter:
     """What drafts for `tree` with this pair."""
+    if isinstance(tree, str) and tree == "auto":
+        tree = default_tree(pair)
     if tree is None:
         return NoDrafter()
     if isinstance(tree, PromptLookup):
         return LookupDrafter(tree)
     if not isinstance(tree, TreeConfig):
-        raise JetSpecError(f"tree must be a TreeConfig, a PromptLookup, or None for plain decoding, not {tree!r}")
+        raise JetSpecError('tree must be a TreeConfig, a PromptLookup, "auto", or None for plain decoding, not '
+                           f"{tree!r}")
     if pair.head_config is None:
         raise JetSpecError("this pair has no draft head: load one (load_pretrained(target, head=...), decode.py: "
                            "--head), or decode plainly with tree=None")

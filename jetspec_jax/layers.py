@@ -15,7 +15,7 @@ from jetspec_jax.attention import Attend
 from jetspec_jax.collectives import all_sum
 from jetspec_jax.config import TransformerConfig
 from jetspec_jax.kernels import add_norm, gated_product, qk_norm_rope
-from jetspec_jax.tiles import tiled_product
+from jetspec_jax.tiles import tile_count, tiled_product
 from pallas_kernels.add_norm.reference import put_before, rms_norm
 from pallas_kernels.gated_product.reference import gate
 
@@ -107,7 +107,7 @@ class TiledDense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        shape = (self.features // self.tile, x.shape[-1], self.tile)
+        shape = (tile_count(self.features, self.tile), x.shape[-1], self.tile)
         out: Array = self.product(x, self.param("kernel", nn.initializers.normal(0.02), shape, self.dtype))
         if not self.use_bias:
             return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def load_pretrained(target: str | Path, head: str | Path | None = None, *, dtype
         mesh: the devices that decode together, from `jetspec_jax.sharding.make_mesh`; None is one device. Weights
             converted before are read share by share; of others the host holds one whole parameter at a time.
         tiles: keep the matrices in column tiles (`jetspec_jax.tiles`), which one core multiplies by the few rows of a
-            tree about 1.5 times as fast. None: on a CPU of one or two cores. Training wants plain matrices (False).
+            tree about 1.5 times as fast. None: on a CPU of one or two cores, each model that is large, float32 and of
+            sizes that allow it. Training wants plain matrices (False).
 
     Raises:
         JetSpecError: an unknown name, something that cannot be fetched, weights that do not fit, or a model that the
@@ -61,18 +63,31 @@ def load_pretrained(target: str | Path, head: str | Path | None = None, *, dtype
     target_shape.share(shards)
     head_folder = None
     if head is not None or (preset is not None and preset.head_source):
-        head_folder = _find_head(head, preset)
-        head_shape = _read_config(head_folder, "head")
-        head_shape.check_fits(target_shape)
-        head_shape.share(shards)
+        head_folder = _find_head(head, preset, target_shape, shards)
 
-    target_config, target_params = _load(folder, "target", dtype, mesh, tiles)
-    tokenizer = _load_tokenizer(folder)
-    head_config: DrafterConfig | None = None
-    head_params: dict = {}
-    if head_folder is not None:
-        head_config, head_params = _load(head_folder, "head", dtype, mesh, tiles)
-    return Pair(target_config, head_config, Params(target_params, head_params), tokenizer, mesh=mesh)
+    config, params = _load(folder, "target", dtype, mesh, tiles)
+    pair = Pair(config, None, Params(params, {}), _load_tokenizer(folder), mesh=mesh)
+    return pair if head_folder is None else _join(pair, head_folder, dtype, tiles)
+
+
+def with_head(pair: Pair, head: str | Path, *, dtype: str | None = None) -> Pair:
+    """The same target, which is not loaded again, with another head.
+
+    Args:
+        pair: with a head or without.
+        head: as for `load_pretrained`.
+        dtype: of the head, as for `load_pretrained`.
+
+    Raises:
+        JetSpecError: an unknown head, or one that does not fit.
+    """
+    folder = _find_head(head, None, pair.target_config, shards_of(pair.mesh)[1])
+    return _join(pair, folder, _dtype(dtype), tiles=None if pair.target_config.weight_tile else False)
+
+
+def _join(pair: Pair, head: Path, dtype: str | None, tiles: bool | None) -> Pair:
+    config, params = _load(head, "head", dtype, pair.mesh, tiles)
+    return replace(pair, head_config=config, params=Params(pair.params.target, params))
 
 
 def cache_folder() -> Path:
@@ -102,8 +117,17 @@ def _find(source: str, kind: str, preset: Preset | None = None) -> Path:
         raise JetSpecError(f"{error}. {_by_hand(source, kind, preset)}") from error
 
 
-def _find_head(head: str | Path | None, preset: Preset | None) -> Path:
-    """The local folder of a head: given by source, by the name of a preset that has one, or the target preset's."""
+def _find_head(head: str | Path | None, preset: Preset | None, target: TargetConfig, shards: int) -> Path:
+    """The local folder of a head that fits: given by source, by the name of a preset that has one, or the target
+    preset's."""
+    folder = _head_folder(head, preset)
+    shape = _read_config(folder, "head")
+    shape.check_fits(target)
+    shape.share(shards)
+    return folder
+
+
+def _head_folder(head: str | Path | None, preset: Preset | None) -> Path:
     named = PRESETS.get(str(head)) if head is not None and not Path(head).exists() else None
     if head is None or (named is not None and named.head_source):
         preset = named or preset

@@ -17,7 +17,7 @@ from jetspec_jax.collectives import all_sum, own_start
 from jetspec_jax.config import TargetConfig
 from jetspec_jax.layers import MLP, PRECISION, AttentionContext, DecoderLayer, RMSNorm, rotary_tables, rounded_product
 from jetspec_jax.moe import MoE
-from jetspec_jax.tiles import columns, tiled_product
+from jetspec_jax.tiles import columns, tile_count, tiled_product
 
 
 class TargetOutput(NamedTuple):
@@ -44,7 +44,7 @@ class Target(nn.Module):
         c = self.config
         init, vocabulary = nn.initializers.normal(0.02), c.vocab_size // c.shards
         tile = c.weight_tile
-        tiles = (vocabulary // tile, c.hidden_size, tile) if tile else None
+        tiles = (tile_count(vocabulary, tile), c.hidden_size, tile) if tile else None
         self.embedding = self.param("embedding", init, (tiles if c.tie_embeddings and tiles else
                                                         (vocabulary, c.hidden_size)), c.jnp_dtype)
         self.layers = [DecoderLayer(c, MoE if c.has_experts(i) else MLP) for i in range(c.num_layers)]

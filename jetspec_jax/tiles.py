@@ -44,23 +44,28 @@ def to_tiles(config: Config, params: dict, tile: int = TILE) -> tuple[Config, di
 
     Args:
         config: with plain matrices.
-        params: `{"params": ...}`; each matrix is deleted when its successor is made, so that there is no second model.
+        params: `{"params": ...}`; each matrix is deleted when its successor is made, so that there is no second model
+            (and the caller's is gone).
         tile: columns of a tile.
+
+    Returns:
+        (config, params); of a model that lies in tiles already, as they are.
 
     Raises:
         JetSpecError: a matrix whose columns are no whole number of tiles.
     """
-    uneven = [size for size in _column_counts(config, params) if size % tile]
-    if uneven:
-        raise JetSpecError(f"a {config.kind} with a matrix of {uneven[0]} columns cannot lie in tiles of {tile}: load "
-                           "it with tiles=False")
+    if config.weight_tile is not None:
+        return config, params
+    for size in _column_counts(config, params):
+        tile_count(size, tile)
 
     def convert(path: tuple[Any, ...], w: Array) -> Array:
         axis = _column_axis(config, path)
         if axis is None:
             return w
         tiles = _into_tiles(w, axis, tile)
-        w.delete()
+        if isinstance(w, Array):
+            w.delete()
         return tiles
 
     return replace(config, weight_tile=tile), jax.tree_util.tree_map_with_path(convert, params)
@@ -76,6 +81,17 @@ def from_tiles(config: Config, params: dict) -> tuple[Config, dict]:
         return tiles if axis is None else _out_of_tiles(tiles, axis)
 
     return replace(config, weight_tile=None), jax.tree_util.tree_map_with_path(convert, params)
+
+
+def tile_count(width: int, tile: int) -> int:
+    """How many tiles hold the columns of a matrix.
+
+    Raises:
+        JetSpecError: no whole number.
+    """
+    if width % tile:
+        raise JetSpecError(f"a matrix of {width} columns cannot lie in tiles of {tile}: load it with tiles=False")
+    return width // tile
 
 
 def tiled_product(x: Array, w: Array, dtype: Any = None) -> Array:

@@ -32,6 +32,13 @@ class SpellingTokenizer:
         return data.decode(errors="replace")
 
 
+class WordTokenizer(SpellingTokenizer):
+    """Like a SentencePiece tokenizer: a word brings its space, which the start of a text loses; 3, 4, 5 are special."""
+
+    def decode(self, ids, skip_special_tokens=True):
+        return "".join(f" w{i}" for i in ids if i not in (3, 4, 5)).removeprefix(" ")
+
+
 @pytest.fixture(scope="module")
 def pair():
     return random_pair(0)
@@ -109,8 +116,9 @@ def test_the_context_limit_ends_an_answer(prompts):
     assert (len(out.token_ids), out.finish_reason) == (10, "context")
 
 
-def test_streamed_chunks_add_up(pair, prompts):
-    pair = dataclasses.replace(pair, tokenizer=SpellingTokenizer())
+@pytest.mark.parametrize("tokenizer", [SpellingTokenizer(), WordTokenizer()], ids=lambda t: type(t).__name__)
+def test_streamed_chunks_add_up(pair, prompts, tokenizer):
+    pair = dataclasses.replace(pair, tokenizer=tokenizer)
     whole = generate(pair, prompts[:4], max_new_tokens=40, batch_size=2, tree=TREE, seed=1,
                      sampling=SamplingParams(5.0))
     chunks = list(stream(pair, prompts[:4], max_new_tokens=40, batch_size=2, tree=TREE, seed=1,
@@ -132,6 +140,15 @@ def test_an_incomplete_character_waits(pair):
     assert run._new_text(request, [0, 20], done=False) == ""
     assert run._new_text(request, [0, 20, 21], done=False) == "a\N{LATIN SMALL LETTER E WITH ACUTE}"
     assert run._new_text(request, [0, 20, 21, 1, 20], done=True) == "b\N{REPLACEMENT CHARACTER}"
+
+
+def test_a_piece_without_text_is_no_neighbour(pair):
+    """Special tokens, and reports without a new token, between two words: the space stays."""
+    run = Run(dataclasses.replace(pair, tokenizer=WordTokenizer()), Decoder(pair.target_config, NoDrafter()),
+              Sampler.create(SamplingParams()), (), 0, 9)
+    request, answer = Request(0, [1], 9), [7, 3, 4, 8, 5, 9]
+    texts = [run._new_text(request, answer[:n], done=n == 6) for n in (0, 1, 1, 2, 2, 3, 3, 3, 4, 4, 5, 6)]
+    assert texts == ["", "w7", "", "", "", "", "", "", " w8", "", "", " w9"]
 
 
 def test_streaming_does_not_decode_the_answer_again(pair):

@@ -114,7 +114,8 @@ def test_faithfulness_of_two_heads(tmp_path, monkeypatch):
     heads = {"a": tiny_head(target, num_layers=1), "b": tiny_head(target, num_layers=1, causal=False)}
     pairs = {name: random_pair(0, target, head) for name, head in heads.items()}
     data = recorded(tmp_path / "d", pairs["a"], [[3, 1, 4 + i] for i in range(6)], 14)
-    monkeypatch.setattr(paper, "load_pretrained", lambda _, head="a", tiles=None: pairs[head])
+    monkeypatch.setattr(paper, "load_pretrained", lambda *_, **__: pairs["a"])
+    monkeypatch.setattr(paper, "with_head", lambda _, head: pairs[head])
     common = ("faithfulness", "--dataset", data, "--held-out", 4, "--row-tokens", 40, "--vocab-subset", 22)
     with jax.numpy_dtype_promotion("standard"):
         run(monkeypatch, *common, "--causal-head", "a", "--bidirectional-head", "b", "--out", tmp_path / "out")

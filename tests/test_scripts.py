@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from experiments import common
 from experiments.common import tree_from
 from experiments.decode import build_parser
 from jetspec_jax import TreeConfig
+from jetspec_jax import generate as generation
 from tests.models import DATA, random_pair, tiny_head, tiny_target
 
 ROOT = Path(__file__).parent.parent
@@ -72,11 +72,11 @@ def test_the_default_tree_is_the_pairs(monkeypatch):
     parse = build_parser().parse_args
     pair = random_pair(0, tiny_target(), tiny_head(tiny_target()))
     assert tree_from(parse([]), pair) == tree_from(parse([])) == TreeConfig("accum_logp", 7, 64)
-    monkeypatch.setattr(common, "LEAST_BYTES", 0)  # a large one
+    monkeypatch.setattr(generation, "CPU_TREE_BYTES", 0)  # a large one
     assert tree_from(parse([]), pair) == TreeConfig("best_first", 16, 4)
     assert tree_from(parse(["--budget", "64"]), pair) == TreeConfig("best_first", 16, 64)
     assert tree_from(parse(["--tree-builder", "accum_logp"]), pair) == TreeConfig("accum_logp", 7, 4)
-    monkeypatch.setattr(common.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(generation.jax, "default_backend", lambda: "gpu")
     assert tree_from(parse([]), pair) == TreeConfig("accum_logp", 7, 64)
 
 

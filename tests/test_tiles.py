@@ -66,6 +66,7 @@ def test_the_same_model(options):
         assert restored[0].weight_tile is None
         jax.tree.map(np.testing.assert_array_equal, restored[1], plain)
     assert from_tiles(pair.target_config, pair.params.target)[1] is pair.params.target
+    assert to_tiles(tiled.target_config, tiled.params.target, tile=4)[1] is tiled.params.target
 
 
 def test_shapes_are_told_in_tiles_too():
@@ -74,6 +75,9 @@ def test_shapes_are_told_in_tiles_too():
     assert shapes["embedding"].shape == (24, 16)
     assert shapes["lm_head"].shape == (3, 16, 8)
     assert shapes["layers_0"]["mlp"]["gate_up_proj"]["kernel"].shape == (6, 16, 8)
+    for sizes in ({"vocab_size": 25}, {"intermediate_size": 22}, {"hidden_size": 18}):
+        with pytest.raises(JetSpecError, match=r"a matrix of \d+ columns cannot lie in tiles of 8"):
+            target_shapes(dataclasses.replace(tiled, **sizes))
 
 
 def test_a_checkpoint_holds_plain_matrices(tmp_path):
@@ -112,7 +116,6 @@ def test_what_is_worth_it(monkeypatch):
     monkeypatch.setattr(tiles, "cores", lambda: 3)
     assert not worth_tiles(big, target_shapes_of(big))
     monkeypatch.setattr(tiles, "cores", lambda: 1)
-    # An embedding table that is no LM head may have any number of rows; its columns are looked up.
     assert worth_tiles(dataclasses.replace(big, tie_embeddings=True), target_shapes_of(big))
 
 
@@ -144,7 +147,7 @@ def test_loading_decides(tmp_path, monkeypatch):
     with pytest.raises(JetSpecError, match="leave out tiles or mesh"):
         loaded(tiles=True, mesh=make_mesh(1))
     monkeypatch.setattr(pretrained, "to_tiles", lambda config, params: to_tiles(config, params, tile=7))
-    with pytest.raises(JetSpecError, match=r"a target with a matrix of \d+ columns cannot lie in tiles of 7"):
+    with pytest.raises(JetSpecError, match=r"a matrix of \d+ columns cannot lie in tiles of 7"):
         loaded(tiles=True)
     with pytest.raises(JetSpecError, match="tiles=False"):
         dataclasses.replace(target, weight_tile=8, product_dtype="bfloat16")
