@@ -115,6 +115,19 @@ def load(args: argparse.Namespace, mesh: Mesh | None = None, tiles: bool | None 
     return load_pretrained(args.model, args.head, dtype=args.dtype, mesh=mesh, tiles=tiles)
 
 
+def require_head(args: argparse.Namespace) -> None:
+    """Before the loading of a target that is there: that it has a head, or one is named.
+
+    Raises:
+        JetSpecError: it has none.
+    """
+    preset = PRESETS.get(args.model) if not Path(args.model).exists() else None
+    known = preset is not None or Path(args.model).exists()
+    if known and args.head is None and (preset is None or not preset.head_source):
+        raise JetSpecError(f"no draft head is known for {args.model}: name one with --head (experiments/train_head.py "
+                           "trains one), or take --draft lookup or none")
+
+
 def require_at_least(args: argparse.Namespace, **least: int) -> None:
     """Raises JetSpecError for an option below its smallest value: `limit=1` is --limit."""
     for name, value in least.items():

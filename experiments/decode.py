@@ -3,7 +3,8 @@
     python experiments/decode.py --prompt "Name three rivers."
     python experiments/decode.py --model qwen3-8b --compare-ar
     python experiments/decode.py --model converted/target --head converted/head --prompt-file prompts.txt --json
-    python experiments/decode.py --model qwen3-32b --tensor-parallel 4
+    python experiments/decode.py --model qwen3-4b --draft lookup
+    python experiments/decode.py --model qwen3-32b --head my-head --tensor-parallel 4
 
 With --json the last line is one JSON object. For one prompt, `text`, `token_ids` and `accept_lengths` are its own; for
 several they are lists with one entry per prompt, while `rounds`, `tokens_per_second` and `identical` cover all.
@@ -23,12 +24,13 @@ from experiments.common import (
     add_model_arguments,
     load,
     mesh_from,
+    require_head,
     run_main,
     sampling_from,
     tree_from,
 )
-from jetspec_jax import JetSpecError, Pair, SamplingParams, TreeConfig
-from jetspec_jax.generate import Generation, stream
+from jetspec_jax import JetSpecError, Pair, PromptLookup, SamplingParams
+from jetspec_jax.generate import Draft, Generation, stream
 
 PROMPTS = ("Explain in a few sentences why the sky is blue.",
            "A train travels 60 miles in 1.5 hours. What is its average speed? Think step by step.",
@@ -39,6 +41,13 @@ def main() -> None:
     args = build_parser().parse_args()
     # A wrong option should not cost the loading of a model.
     tree_from(args)
+    if args.draft == "head":
+        require_head(args)
+    elif any(option is not None for option in (args.tree_builder, args.tree_width, args.budget)):
+        raise JetSpecError("--tree-builder, --tree-width and --budget shape the trees of a head: they cannot go with "
+                           f"--draft {args.draft}")
+    if args.draft == "none" and args.compare_ar:
+        raise JetSpecError("--compare-ar compares with plain decoding, which is what --draft none does")
     sampling, messages = sampling_from(args), read_prompts(args)
     if args.max_new_tokens < 1:
         raise JetSpecError(f"--max-new-tokens must be at least 1, not {args.max_new_tokens}")
@@ -47,18 +56,17 @@ def main() -> None:
     if args.system is not None and args.no_chat_template:
         raise JetSpecError("--system is part of the chat template: it cannot go with --no-chat-template")
     pair = load(args, mesh_from(args))
-    tree = tree_from(args, pair)
+    title, draft = draft_from(args, pair)
     prompts = [as_prompt(pair, message, args) for message in messages]
-    answers = [answer(pair, message, prompt, i, args, tree, sampling) for i, (message, prompt) in
-               enumerate(zip(messages, prompts, strict=True))]
+    answers = [answer(pair, prompt, args, draft, sampling, f"\n> {message}\n" if i else f"> {message}\n")
+               for i, (message, prompt) in enumerate(zip(messages, prompts, strict=True))]
     summary = summarize(answers)
-    print(f"\ntree decoding ({tree.builder}, width {tree.width}, budget {tree.budget})")
+    print(f"\n{title}")
     show(summary, answers)
 
     report = contents(answers) | summary
     if args.compare_ar:
-        plain = [answer(pair, message, prompt, i, args, None, sampling) for i, (message, prompt) in
-                 enumerate(zip(messages, prompts, strict=True))]
+        plain = [answer(pair, prompt, args, None, sampling) for prompt in prompts]
         report["ar"] = contents(plain) | summarize(plain)
         report["identical"] = compare(answers, plain)
         print("\nplain decoding, by the same code")
@@ -71,6 +79,17 @@ def main() -> None:
         print(json.dumps(report))
 
 
+def draft_from(args: argparse.Namespace, pair: Pair) -> tuple[str, Draft | None]:
+    """What the options name: (a title, how it drafts)."""
+    if args.draft == "none":
+        return "plain decoding", None
+    if args.draft == "lookup":
+        lookup = PromptLookup()
+        return f"prompt lookup ({lookup.length} tokens after the last {lookup.ngram})", lookup
+    tree = tree_from(args, pair)
+    return f"tree decoding ({tree.builder}, width {tree.width}, budget {tree.budget})", tree
+
+
 def as_prompt(pair: Pair, message: str, args: argparse.Namespace) -> str | list[int]:
     """What the model reads: the message in its chat template, or as it is; token ids where there is no tokenizer."""
     if pair.tokenizer is None:
@@ -80,17 +99,16 @@ def as_prompt(pair: Pair, message: str, args: argparse.Namespace) -> str | list[
     return message if args.no_chat_template else pair.chat(message, args.system)
 
 
-def answer(pair: Pair, message: str, prompt: str | list[int], index: int, args: argparse.Namespace,
-           tree: TreeConfig | None, sampling: SamplingParams) -> Generation:
-    """Decodes one prompt; a tree's text is streamed to standard output."""
-    show_text = tree is not None
-    if show_text:
-        print(f"\n> {message}\n" if index else f"> {message}\n")
-    for chunk in stream(pair, prompt, max_new_tokens=args.max_new_tokens, tree=tree, sampling=sampling,
+def answer(pair: Pair, prompt: str | list[int], args: argparse.Namespace, draft: Draft | None, sampling: SamplingParams,
+           heading: str | None = None) -> Generation:
+    """Decodes one prompt; with a heading, the text is streamed to standard output below it."""
+    if heading is not None:
+        print(heading)
+    for chunk in stream(pair, prompt, max_new_tokens=args.max_new_tokens, tree=draft, sampling=sampling,
                         seed=args.seed):
-        if show_text:
+        if heading is not None:
             print(chunk.text if pair.tokenizer else " ".join(map(str, ["", *chunk.token_ids])), end="", flush=True)
-    if show_text:
+    if heading is not None:
         print()
     assert chunk.result is not None  # the last chunk carries the result
     return chunk.result
@@ -166,6 +184,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
     add_mesh_arguments(parser)
+    parser.add_argument("--draft", choices=("head", "lookup", "none"), default="head",
+                        help="trees of the head (default), what followed the last words in the text so far, or plain "
+                             "decoding; the last two need no head")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", metavar="TEXT", help="default: a few prompts of our own")
     what.add_argument("--prompt-file", metavar="F", type=Path, help='one prompt a line, or .jsonl with {"prompt": ...}')

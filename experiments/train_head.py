@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -26,7 +28,6 @@ from experiments.common import add_compile_cache, check_output, require_at_least
 from experiments.plots import Line, Panel, save_plot
 from jetspec_jax import JetSpecError, TreeConfig, load_pretrained
 from jetspec_jax.autoregressive import init_autoregressive
-from jetspec_jax.checkpoint import load as load_checkpoint
 from jetspec_jax.checkpoint import save, written_beside
 from jetspec_jax.collectives import DATA
 from jetspec_jax.config import (
@@ -38,6 +39,7 @@ from jetspec_jax.config import (
     default_target_layer_ids,
 )
 from jetspec_jax.head import init_head
+from jetspec_jax.pretrained import load_head
 from jetspec_jax.training.batches import Batches
 from jetspec_jax.training.checkpoints import TrainCheckpoints
 from jetspec_jax.training.config import Loss, TrainConfig
@@ -137,9 +139,8 @@ def starting_point(args: argparse.Namespace, target: TargetConfig, params: dict,
         if given:
             raise JetSpecError(f"{', '.join(given)}: the head of --init {args.init} has its shape already; leave it "
                                "out")
-        head, start = load_checkpoint(Path(args.init), dtype="float32")
-        if not isinstance(head, DrafterConfig):
-            raise JetSpecError(f"--init {args.init} is a target, not a head")
+        head, start = load_head(args.init, dtype="float32")
+        head.check_fits(target)
         return head, start
     preset = PRESETS[args.model].head if args.model in PRESETS else None
     mask = args.mask_token_id if args.mask_token_id is not None else (preset.mask_token_id if preset else None)
@@ -214,17 +215,24 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--save-every", type=int, default=200, help="steps (default %(default)s)")
     settings = parser.add_argument_group("settings (see jetspec_jax.training.config.TrainConfig)")
     choices = {"loss": get_args(Loss), "product_dtype": ("bfloat16", "float32")}
+    meaning = documented(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
         option = "--" + field.name.replace("_", "-")
         if field.type == "bool":
-            settings.add_argument(option, action="store_true")
+            settings.add_argument(option, action="store_true", help=meaning[field.name])
             continue
         kind = float if "float" in str(field.type) else int if "int" in str(field.type) else str
         required = field.default is dataclasses.MISSING
         settings.add_argument(option, type=kind, choices=choices.get(field.name), required=required,
                               default=None if required else field.default,
-                              help=None if required else f"default {field.default}")
+                              help=meaning[field.name] + ("" if required else f" (default {field.default})"))
     return parser
+
+
+def documented(config: type) -> dict[str, str]:
+    """What the docstring of a dataclass says of each field."""
+    entries = re.findall(r"^ {4}([\w, ]+): (.*(?:\n {8}.*)*)", inspect.getdoc(config) or "", flags=re.MULTILINE)
+    return {name: " ".join(text.split()).rstrip(".") for names, text in entries for name in names.split(", ")}
 
 
 if __name__ == "__main__":

@@ -85,6 +85,12 @@ def with_head(pair: Pair, head: str | Path, *, dtype: str | None = None) -> Pair
     return _join(pair, folder, _dtype(dtype), tiles=None if pair.target_config.weight_tile else False)
 
 
+def load_head(head: str | Path, *, dtype: str | None = None) -> tuple[DrafterConfig, dict]:
+    """A head alone, as training starts from it: (config, params). Arguments and errors are those of `with_head`."""
+    config, params = _load(_head_folder(head, None), "head", _dtype(dtype), None, tiles=False)
+    return config, params
+
+
 def _join(pair: Pair, head: Path, dtype: str | None, tiles: bool | None) -> Pair:
     config, params = _load(head, "head", dtype, pair.mesh, tiles)
     return replace(pair, head_config=config, params=Params(pair.params.target, params))
@@ -99,7 +105,8 @@ def _dtype(dtype: str | None) -> str | None:
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise JetSpecError(f"dtype {dtype!r} is not one of {', '.join(FLOAT_DTYPES)}")
     if dtype == "float64" and not jax.config.read("jax_enable_x64"):
-        raise JetSpecError("float64 needs jax.config.update('jax_enable_x64', True) before anything else")
+        raise JetSpecError("float64 needs JAX_ENABLE_X64=1 in the environment, or jax.config.update('jax_enable_x64', "
+                           "True) before anything else")
     return dtype or ("float32" if jax.default_backend() == "cpu" else None)
 
 

@@ -20,6 +20,7 @@ from jetspec_jax import JetSpecError, SamplingParams, TreeConfig, load_pretraine
 from jetspec_jax.attention import causal_bits
 from jetspec_jax.cache import KVCache
 from jetspec_jax.generate import generate
+from jetspec_jax.pretrained import HEADS
 from jetspec_jax.target import target_forward
 from jetspec_jax.training import prompts as sources
 from jetspec_jax.training.dataset import Dataset, DatasetInfo, DatasetWriter
@@ -233,6 +234,34 @@ def test_a_head_is_trained_from_the_command_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(JetSpecError, match="--mask-token-id is needed"):
         run_script(train_head, monkeypatch, "--dataset", tmp_path / "d", "--model", target, "--steps", 1, "--out",
                    tmp_path / "x")
+
+
+def test_training_starts_from_a_released_head():
+    target = DATA / "dense" / "target"
+    pair = load_pretrained(target, DATA / "dense" / "head", dtype="float32")
+
+    def start(source):
+        options = {"--dataset": "d", "--out": "o", "--steps": "1", "--init": str(source)}
+        args = train_head.build_parser().parse_args([word for option in options.items() for word in option])
+        return train_head.starting_point(args, pair.target_config, pair.params.target, 0)
+
+    config, params = start(DATA / "dense" / "head")
+    assert config == pair.head_config
+    jax.tree.map(np.testing.assert_array_equal, params, pair.params.head)
+    with pytest.raises(JetSpecError, match="no dflash_config: it does not describe"):
+        start(target)
+    with pytest.raises(JetSpecError, match="unknown head 'absent'"):
+        start("absent")
+    with pytest.raises(JetSpecError, match="the head does not fit the target"):
+        start(HEADS / "smollm2-135m")
+
+
+def test_every_setting_of_training_is_explained(capsys):
+    with pytest.raises(SystemExit):
+        train_head.build_parser().parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--beta1 BETA1 of AdamW (default 0.9)" in text
+    assert "a shorter block teaches them the same for less (default None)" in text
 
 
 class Letters:

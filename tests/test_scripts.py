@@ -68,6 +68,18 @@ def test_an_answer_without_rounds_is_reported_too():
     assert json.loads(done.stdout.splitlines()[-1])["rounds"] == 0
 
 
+@pytest.mark.parametrize(("draft", "rounds"), [("lookup", None), ("none", 11)])
+def test_decoding_without_a_head(draft, rounds):
+    """A target alone; the tokens are those of plain decoding."""
+    case = json.loads((DATA / "dense" / "expected.json").read_text())["cases"][0]
+    prompt = load_file(DATA / "dense" / "activations.safetensors")["0.prompt"].tolist()
+    done = decode(*PAIR[:2], "--draft", draft, "--prompt", " ".join(map(str, prompt)), "--max-new-tokens", 12, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["token_ids"] == case["ar_token_ids"][:12]
+    assert rounds is None or report["rounds"] == rounds
+
+
 def test_the_default_tree_is_the_pairs(monkeypatch):
     parse = build_parser().parse_args
     pair = random_pair(0, tiny_target(), tiny_head(tiny_target()))
@@ -85,6 +97,9 @@ def test_the_default_tree_is_the_pairs(monkeypatch):
     (("--top-p", 2), "top_p"), (("--seed", -1), "--seed"),
     (("--max-new-tokens", 0), "--max-new-tokens"), ((*PAIR, "--prompt", " "), "no tokenizer"),
     (("--prompt-file", "absent.txt"), "cannot read --prompt-file absent.txt"),
+    (("--model", "qwen3-4b"), "no draft head is known for qwen3-4b"), (PAIR[:2], "name one with --head"),
+    (("--draft", "none", "--compare-ar"), "--compare-ar compares with plain decoding"),
+    (("--draft", "lookup", "--budget", 8), "they cannot go with --draft lookup"),
     (("--model", "qwen3-9b"), "unknown target 'qwen3-9b'"), ((*PAIR, "--prompt", "Hi"), "no tokenizer"),
     (("--system", "Be brief.", "--no-chat-template"), "--system")])
 def test_a_users_mistake_is_one_line(arguments, message):

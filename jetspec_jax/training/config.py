@@ -27,9 +27,12 @@ class TrainConfig:
         vocab_subset: tokens that the loss of a step looks at (the batch's own, the most frequent, random others);
             None is the full vocabulary.
         loss_chunk: slots whose logits exist at one time.
-        learning_rate: peak, after `warmup` (a share of the steps), falling by a cosine to `final_rate` times it.
-        beta1, beta2, weight_decay, clip: of AdamW, and the gradient's largest norm.
-        product_dtype: see `TransformerConfig`; parameters, norms, softmax and optimiser stay float32.
+        learning_rate: the peak.
+        warmup: share of the steps until the peak.
+        final_rate: share of the peak to which the rate falls, by a cosine.
+        beta1, beta2, weight_decay: of AdamW.
+        clip: the gradient's largest norm.
+        product_dtype: operands of products are rounded to it; parameters, norms, softmax and optimiser stay float32.
         remat: recompute the head's layers in the backward pass (less memory, a third more work).
         seed: of data order, anchors, vocabulary subsets and random initialisation.
     """
