@@ -43,7 +43,7 @@ def main() -> None:
     require_at_least(args, limit=1, max_new_tokens=2, batch_size=1)
     check_output(args.out)
     suites = {name: pick(suite_messages(name, cache_folder() / "sources"), args.limit) for name in args.suite or SUITES}
-    pair = load(args)
+    pair = load(args, tiles=False)  # texts are read whole: plain matrices are faster
     head = pair.head_config
     if not isinstance(head, HeadConfig):
         raise JetSpecError("this needs a target with a parallel draft head: name one with --head")

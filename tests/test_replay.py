@@ -37,7 +37,7 @@ def run(monkeypatch, *arguments):
 def test_replayed_rounds_are_the_decoded_ones(tmp_path, monkeypatch, capsys):
     pair = load_pretrained(DATA / "dense" / "target", DATA / "dense" / "head", dtype="float32")
     pair = dataclasses.replace(pair, tokenizer=Numbers())
-    monkeypatch.setattr(replay, "load", lambda args: pair)
+    monkeypatch.setattr(replay, "load", lambda *_, **__: pair)
     prompts = ["5 9 13", "40 2 2 7 31 8", "1"]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     run(monkeypatch, "--suite", tmp_path / "mine.jsonl", "--budgets", "4,12", "--max-new-tokens", 24, "--batch-size", 2,
