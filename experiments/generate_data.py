@@ -18,8 +18,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from experiments.common import (
-    add_pair_arguments,
     add_sampling,
+    add_target_arguments,
     check_output,
     load,
     require_at_least,
@@ -124,7 +124,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="dataset; resumed if it exists")
     parser.add_argument("--source", action="append", required=True, metavar="NAME=COUNT",
                         help=f"how many prompts of {', '.join(SOURCES)}, or of a JSONL file; repeatable")
-    add_pair_arguments(parser)
+    add_target_arguments(parser)
+    parser.add_argument("--head", metavar="NAME|PATH", help="whose tapped layers are recorded (default: the preset's "
+                        "head, else five spread layers)")
     add_sampling(parser)
     parser.add_argument("--product-dtype", choices=FLOAT_DTYPES, help="round the operands of products to this dtype "
                         "(bfloat16 is faster on CPUs that have units for it)")

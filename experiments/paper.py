@@ -205,8 +205,7 @@ def faithfulness(args: argparse.Namespace, pair: Pair, dataset: Dataset) -> list
             raise JetSpecError(f"--{name}-head {path} holds no {name} parallel head")
         gaps = finite_gaps(pair, dataset.info.layers, head, loaded.params.head, held_out)
         edges = (-np.inf, *BINS, np.inf)
-        share = {f"{'<' if i == 0 else '>='} {BINS[max(i - 1, 0)]:g}": float(np.mean((gaps >= low) & (gaps < high)))
-                 for i, (low, high) in enumerate(pairwise(edges))}
+        share = {f"{low:g} to {high:g}": float(np.mean((gaps >= low) & (gaps < high))) for low, high in pairwise(edges)}
         rows.append({"head": name, "branches": len(gaps), "median gap": float(np.median(gaps)),
                      "mean gap": float(np.mean(gaps)), **share})
         curves.append(Line(name, np.sort(gaps).tolist(), np.linspace(0, 1, len(gaps)).tolist(), marker=""))
@@ -285,19 +284,21 @@ ON_DATA = {"gamma": gamma, "foreign": foreign, "subset": subset, "faithfulness":
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("analysis", choices=(*ON_DATA, "heads"))
-    parser.add_argument("--dataset", type=Path, action="append", metavar="FOLDER")
-    parser.add_argument("--foreign-dataset", type=Path, action="append", metavar="FOLDER")
+    parser.add_argument("--dataset", type=Path, action="append", metavar="FOLDER", help="from generate_data.py; "
+                        "repeatable")
+    parser.add_argument("--foreign-dataset", type=Path, action="append", metavar="FOLDER",
+                        help="of generate_data.py --foreign, for `foreign`")
     parser.add_argument("--run", type=Path, action="append", metavar="FOLDER", help="of train_head.py, for `heads`")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--model", default="smollm2-135m", metavar="NAME")
-    parser.add_argument("--causal-head", metavar="PATH")
-    parser.add_argument("--bidirectional-head", metavar="PATH")
-    parser.add_argument("--gammas", type=float, nargs="+", default=GAMMAS, help="default %(default)s")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="table, results.json and plot")
+    parser.add_argument("--model", default="smollm2-135m", metavar="NAME", help="a preset (default %(default)s)")
+    parser.add_argument("--causal-head", metavar="PATH", help="for `faithfulness`")
+    parser.add_argument("--bidirectional-head", metavar="PATH", help="for `faithfulness`")
+    parser.add_argument("--gammas", type=float, nargs="+", default=GAMMAS, help="depth weights (default %(default)s)")
     parser.add_argument("--steps", type=int, default=400, help="of each training (default %(default)s)")
     parser.add_argument("--held-out", type=int, default=48, help="sequences (default %(default)s)")
-    parser.add_argument("--row-tokens", type=int, default=512)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--vocab-subset", type=int, default=8192)
+    parser.add_argument("--row-tokens", type=int, default=512, help="of a packed row (default %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak (default %(default)s)")
+    parser.add_argument("--vocab-subset", type=int, default=8192, help="tokens of a step's loss (default %(default)s)")
     parser.add_argument("--product-dtype", choices=("bfloat16", "float32"))
     parser.add_argument("--seed", type=int, default=0)
     return parser

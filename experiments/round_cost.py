@@ -53,9 +53,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
     parser.add_argument("--context", type=int, default=256, help="committed tokens (default %(default)s)")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=9, help="timings, of which the median counts (default "
+                        "%(default)s)")
     parser.add_argument("--plain-weights", action="store_true", help="not in tiles (jetspec_jax.tiles), to compare")
-    parser.add_argument("--against-transformers", action="store_true")
+    parser.add_argument("--against-transformers", action="store_true", help="time plain decoding beside it (extra "
+                        "`parity`)")
     parser.add_argument("--max-new-tokens", type=int, default=96, help="per timed answer beside transformers")
     args = parser.parse_args()
     pair = load(args, tiles=False if args.plain_weights else None)

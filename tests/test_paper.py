@@ -125,7 +125,8 @@ def test_faithfulness_of_two_heads(tmp_path, monkeypatch):
     assert [row["head"] for row in rows] == ["causal", "bidirectional"]
     assert rows[0]["branches"] == rows[1]["branches"] > 4
     for row in rows:
-        assert sum(row[name] for name in ("< 5", ">= 5", ">= 20", ">= 40", ">= 80")) == pytest.approx(1)
+        shares = [row[name] for name in ("-inf to 5", "5 to 20", "20 to 40", "40 to 80", "80 to inf")]
+        assert sum(shares) == pytest.approx(1)
     assert rows[0]["mean gap"] != rows[1]["mean gap"]
     assert (tmp_path / "out" / "faithfulness.png").stat().st_size > 1000
 

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from jetspec_jax import JetSpecError, TreeConfig, checkpoint, load_pretrained, pretrained, tiles
+from jetspec_jax.autoregressive import autoregressive_shapes
+from jetspec_jax.config import AutoregressiveHeadConfig
 from jetspec_jax.draft import Params
 from jetspec_jax.generate import generate
 from jetspec_jax.pair import Pair
@@ -17,7 +19,7 @@ from jetspec_jax.sharding import make_mesh
 from jetspec_jax.target import target_embed, target_logits, target_shapes
 from jetspec_jax.tiles import MOST_ROWS, columns, from_tiles, tiled_product, to_tiles, worth_tiles
 from jetspec_jax.training.initial import head_from_target
-from tests.models import random_pair, tiny_head, tiny_target
+from tests.models import random_pair, random_params, tiny_head, tiny_target
 
 SIZES = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 24}  # all matrices have a multiple of 8 columns
 
@@ -67,6 +69,19 @@ def test_the_same_model(options):
         jax.tree.map(np.testing.assert_array_equal, restored[1], plain)
     assert from_tiles(pair.target_config, pair.params.target)[1] is pair.params.target
     assert to_tiles(tiled.target_config, tiled.params.target, tile=4)[1] is tiled.params.target
+
+
+def test_an_autoregressive_head_in_tiles():
+    target = tiny_target(**SIZES)
+    pair = random_pair(3, target)
+    shape = tiny_head(target, block_size=4, intermediate_size=20)
+    head = AutoregressiveHeadConfig(**{f.name: getattr(shape, f.name)
+                                       for f in dataclasses.fields(AutoregressiveHeadConfig)})
+    params = random_params(autoregressive_shapes(head), np.random.default_rng(0))
+    pair = dataclasses.replace(pair, head_config=head, params=Params(pair.params.target, params))
+    one, other = (generate(p, [3, 1, 4], max_new_tokens=12, tree=TreeConfig(width=2, budget=5))
+                  for p in (pair, in_tiles(pair)))
+    assert (one.token_ids, one.accept_lengths) == (other.token_ids, other.accept_lengths)
 
 
 def test_shapes_are_told_in_tiles_too():
