@@ -7,21 +7,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from experiments.common import tree_from
 from experiments.decode import build_parser
-from jetspec_jax import TreeConfig
+from jetspec_jax import TreeConfig, checkpoint, load_pretrained
 from jetspec_jax import generate as generation
-from tests.models import DATA, random_pair, tiny_head, tiny_target
+from jetspec_jax.autoregressive import autoregressive_shapes
+from jetspec_jax.config import AutoregressiveHeadConfig
+from jetspec_jax.head import head_shapes
+from jetspec_jax.target import target_shapes
+from tests.models import DATA, random_pair, random_params, tiny_head, tiny_target
 
 ROOT = Path(__file__).parent.parent
 PAIR = ("--model", DATA / "dense" / "target", "--head", DATA / "dense" / "head")
 
 
-def run(*arguments):
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # as conftest set them
+def run(*arguments, flags=""):
+    environment = os.environ | {"XLA_FLAGS": flags}  # not those of conftest
     return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True,
                           text=True, timeout=300)
 
@@ -138,12 +143,32 @@ def test_round_cost_reports_phases():
     assert all(value > 0 for value in report["milliseconds"].values())
 
 
-def test_benchmark_on_a_users_prompts(tmp_path):
-    (tmp_path / "mine.jsonl").write_text('{"prompt": "Count from one to ten."}\n')
-    done = run("experiments/benchmark.py", "--suite", tmp_path / "mine.jsonl", "--methods",
-               "jetspec,jetspec-chain,lookup",
-               "--budgets", "8,4", "--limit", 1, "--max-new-tokens", 10, "--repeats", 1, "--json",
-               "--out", tmp_path / "o")
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The default's tokenizer with a random target of two layers (the default has thirty to compile), and its heads."""
+    folder, rng = tmp_path_factory.mktemp("small"), np.random.default_rng(0)
+    target = tiny_target(vocab_size=49152, qk_norm=False, dtype="float32")
+    head = tiny_head(target, block_size=8)
+    stepwise = AutoregressiveHeadConfig(**{
+        field.name: getattr(head, field.name) for field in dataclasses.fields(AutoregressiveHeadConfig)})
+    for name, config, shapes in (("target", target, target_shapes(target)), ("head", head, head_shapes(head)),
+                                 ("two-way", dataclasses.replace(head, causal=False), head_shapes(head)),
+                                 ("stepwise", stepwise, autoregressive_shapes(stepwise))):
+        checkpoint.save(folder / name, config, random_params(shapes, rng), "a test")
+    load_pretrained("smollm2-135m").tokenizer.save_pretrained(folder / "target" / checkpoint.TOKENIZER)
+    (folder / "mine.jsonl").write_text('{"prompt": "Count from one to ten."}\n')
+    return folder
+
+
+def benchmark(small, *arguments):
+    return run("experiments/benchmark.py", "--model", small / "target", "--head", small / "head", "--suite",
+               small / "mine.jsonl", "--limit", 1, "--repeats", 1, "--json", *arguments,
+               flags="--xla_backend_optimization_level=0")  # many programs, each run for milliseconds
+
+
+def test_benchmark_on_a_users_prompts(small, tmp_path):
+    done = benchmark(small, "--methods", "jetspec,jetspec-chain,lookup", "--budgets", "8,4", "--max-new-tokens", 10,
+                     "--out", tmp_path / "o")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     rows = report["rows"]
@@ -178,13 +203,11 @@ def test_a_benchmark_that_cannot_be_run(arguments, message):
     assert "Traceback" not in done.stderr
 
 
-def test_benchmark_beside_transformers(tmp_path):
+def test_benchmark_beside_transformers(small):
     """Peers stand in a list of their own: they have no rounds. At temperature 1 they are refused."""
     pytest.importorskip("torch")
-    (tmp_path / "mine.jsonl").write_text('{"prompt": "Count from one to ten."}\n')
-    common = ("experiments/benchmark.py", "--suite", tmp_path / "mine.jsonl", "--budgets", 4, "--limit", 1,
-              "--max-new-tokens", 6, "--repeats", 1, "--json")
-    done = run(*common, "--methods", "jetspec,transformers,transformers-lookup")
+    common = ("--budgets", 4, "--max-new-tokens", 6)
+    done = benchmark(small, *common, "--methods", "jetspec,transformers,transformers-lookup")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert [row["method"] for row in report["rows"]] == ["plain", "jetspec"]
@@ -193,39 +216,24 @@ def test_benchmark_beside_transformers(tmp_path):
         assert (row["tokens"], row["identical"], row["prompts"]) == (6, 1, 1)
         assert row["speedup"] == pytest.approx(row["tokens_per_second"] / report["rows"][0]["tokens_per_second"])
         assert "rounds" not in row
-    done = run(*common, "--methods", "jetspec,transformers", "--temperature", 1)
+    done = benchmark(small, *common, "--methods", "jetspec,transformers", "--temperature", 1)
     assert done.returncode == 2
     assert "compare with it at temperature 0" in done.stderr
-    done = run(*common, "--methods", "jetspec", "--temperature", 1)
+    done = benchmark(small, *common, "--methods", "jetspec", "--temperature", 1)
     assert done.returncode == 0, done.stderr
     assert [row["identical"] for row in json.loads(done.stdout.splitlines()[-1])["rows"]] == [1, 1]
 
 
-def test_benchmark_with_heads_of_other_kinds(tmp_path):
+def test_benchmark_with_heads_of_other_kinds(small):
     """dflash, ddtree and eagle3 decode losslessly with converted heads; a head of another kind is told."""
-    import jax
-
-    from jetspec_jax import checkpoint, load_pretrained
-    from jetspec_jax.autoregressive import init_autoregressive
-    from jetspec_jax.config import PRESETS, AutoregressiveHeadConfig
-    from jetspec_jax.head import init_head
-    shape = dataclasses.replace(PRESETS["smollm2-135m"].head, dtype="float32", num_layers=1)
-    two_way = dataclasses.replace(shape, causal=False)
-    stepwise = AutoregressiveHeadConfig(**{
-        field.name: getattr(shape, field.name) for field in dataclasses.fields(AutoregressiveHeadConfig)})
-    for name, config, params in (("two-way", two_way, init_head(two_way, jax.random.key(0))),
-                                 ("stepwise", stepwise, init_autoregressive(stepwise, jax.random.key(0)))):
-        checkpoint.save(tmp_path / name, config, params, source="a test")
-    assert load_pretrained("smollm2-135m", tmp_path / "two-way").head_config.causal is False
-    (tmp_path / "mine.jsonl").write_text('{"prompt": "Count from one to ten."}\n')
-    common = ("experiments/benchmark.py", "--suite", tmp_path / "mine.jsonl", "--budgets", 4, "--limit", 1,
-              "--max-new-tokens", 6, "--repeats", 1, "--json", "--methods", "dflash,ddtree,eagle3")
-    done = run(*common, "--bidirectional-head", tmp_path / "two-way", "--autoregressive-head", tmp_path / "stepwise")
+    common = ("--budgets", 4, "--max-new-tokens", 6, "--methods", "dflash,ddtree,eagle3", "--autoregressive-head",
+              small / "stepwise")
+    done = benchmark(small, *common, "--bidirectional-head", small / "two-way")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
     assert [(row["method"], row["budget"], row["identical"]) for row in rows] == [
         ("plain", 1, 1), ("dflash", 8, 1), ("ddtree", 4, 1), ("eagle3", 4, 1)]
     assert all(sum(row["share"].values()) == pytest.approx(1) for row in rows)
-    done = run(*common, "--bidirectional-head", tmp_path / "stepwise", "--autoregressive-head", tmp_path / "stepwise")
+    done = benchmark(small, *common, "--bidirectional-head", small / "stepwise")
     assert done.returncode == 2
     assert "needs a head that is bidirectional, and the given one is autoregressive" in done.stderr
