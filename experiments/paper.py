@@ -88,11 +88,7 @@ def train(args: argparse.Namespace, pair: Pair, dataset: Dataset, held_out: list
     Returns:
         What it accepts on the held-out answers, with its loss and a step's time; the head's configuration; its weights.
     """
-    preset = PRESETS[args.model].head if args.model in PRESETS else None
-    if preset is None:
-        raise JetSpecError(f"--model {args.model} has no preset head to train: choose one of "
-                           f"{', '.join(name for name, p in PRESETS.items() if p.head)}")
-    head = dataclasses.replace(preset, dtype="float32", causal=causal)
+    head = dataclasses.replace(preset_head(args), dtype="float32", causal=causal)
     config = settings(args, gamma, vocab_subset)
     target = pair.target_config
     trainer = Trainer(target, head, pair.params.target, config, dataset.info.layers)
@@ -108,6 +104,14 @@ def train(args: argparse.Namespace, pair: Pair, dataset: Dataset, held_out: list
     return row, head, state.params
 
 
+def preset_head(args: argparse.Namespace) -> HeadConfig:
+    preset = PRESETS[args.model].head if args.model in PRESETS else None
+    if preset is None:
+        raise JetSpecError(f"--model {args.model} has no preset head to train: choose one of "
+                           f"{', '.join(name for name, p in PRESETS.items() if p.head)}")
+    return preset
+
+
 def settings(args: argparse.Namespace, gamma: float, vocab_subset: int | None) -> TrainConfig:
     return TrainConfig(steps=args.steps, gamma=gamma, vocab_subset=vocab_subset, learning_rate=args.learning_rate,
                        product_dtype=args.product_dtype, seed=args.seed, row_tokens=args.row_tokens)
@@ -119,6 +123,7 @@ def held_out_of(args: argparse.Namespace, dataset: Dataset) -> list[Batch]:
 
 def gamma(args: argparse.Namespace, pair: Pair, dataset: Dataset) -> list[dict[str, Any]]:
     held_out = held_out_of(args, dataset)
+    require_whole_blocks(held_out, preset_head(args).block_size)
     rows = []
     for g in args.gammas:
         for causal in (True, False):
@@ -203,6 +208,7 @@ def faithfulness(args: argparse.Namespace, pair: Pair, dataset: Dataset) -> list
         head = loaded.head_config
         if not isinstance(head, HeadConfig) or head.causal is not (name == "causal"):
             raise JetSpecError(f"--{name}-head {path} holds no {name} parallel head")
+        require_whole_blocks(held_out, head.block_size)
         gaps = finite_gaps(pair, dataset.info.layers, head, loaded.params.head, held_out)
         edges = (-np.inf, *BINS, np.inf)
         share = {f"{low:g} to {high:g}": float(np.mean((gaps >= low) & (gaps < high))) for low, high in pairwise(edges)}
@@ -215,17 +221,25 @@ def faithfulness(args: argparse.Namespace, pair: Pair, dataset: Dataset) -> list
 
 def finite_gaps(pair: Pair, layers: tuple[int, ...], head: HeadConfig, head_params: Any,
                 held_out: list[Batch]) -> np.ndarray:
-    """The gaps of all anchors whose block lies within their answer.
-
-    Raises:
-        JetSpecError: there are none.
-    """
+    """The gaps of all anchors whose block lies within their answer."""
     gap = jax.jit(partial(branch_gaps, pair.target_config, head, layers))
     gaps = np.concatenate([np.asarray(gap(head_params, pair.params.target, batch)) for batch in held_out])
-    if not np.isfinite(gaps).any():
-        raise JetSpecError(f"no held-out answer is longer than a block of {head.block_size} tokens: raise --held-out, "
-                           "or record longer answers")
     return gaps[np.isfinite(gaps)]
+
+
+def require_whole_blocks(held_out: list[Batch], block_size: int) -> None:
+    """Before long work: that some anchor's block lies within its answer.
+
+    Raises:
+        JetSpecError: none does.
+    """
+    for batch in held_out:
+        segment, anchor, real = (np.asarray(x)[0] for x in (batch.segment, batch.anchor, batch.anchor_real))
+        last = anchor + block_size - 1
+        if np.any(real & (last < len(segment)) & (segment[np.minimum(last, len(segment) - 1)] == segment[anchor])):
+            return
+    raise JetSpecError(f"no held-out answer is longer than a block of {block_size} tokens: raise --held-out, or record "
+                       "longer answers")
 
 
 def branch_gaps(target: TargetConfig, head: HeadConfig, layers: tuple[int, ...], head_params: Any, target_params: Any,

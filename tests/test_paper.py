@@ -94,6 +94,11 @@ def test_trainings_that_are_compared(tmp_path, monkeypatch):
         with pytest.raises(JetSpecError, match="their seed is"):
             run(monkeypatch, "foreign", *common, "--foreign-dataset",
                 recorded(tmp_path / "x", pair, prompts, 4, **{**recipe, "seed": 1}), "--out", tmp_path / "y")
+        with pytest.raises(JetSpecError, match="no held-out answer is longer than a block of 6"), \
+                monkeypatch.context() as patch:
+            patch.setattr(paper, "train", None)  # said before any training
+            run(monkeypatch, "gamma", "--model", "tiny", "--dataset", tmp_path / "x", "--held-out", 2,
+                "--row-tokens", 40, "--out", tmp_path / "z")
     rows = {name: json.loads((tmp_path / name / "results.json").read_text()) for name in "gsf"}
     assert [(row["gamma"], row["causal"]) for row in rows["g"]] == [(0, True), (0, False), (3, True), (3, False)]
     assert [row["run"] for row in rows["s"]] == ["22 tokens", "full vocabulary"]
