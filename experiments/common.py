@@ -13,6 +13,7 @@ from typing import get_args
 import jax
 from jax.sharding import Mesh
 
+from converters.convert import looks_like_hub_id
 from jetspec_jax import PRESETS, JetSpecError, Pair, SamplingParams, TreeConfig, load_pretrained
 from jetspec_jax.config import FLOAT_DTYPES, MAX_TREE_BUDGET, MAX_TREE_WIDTH, TREE_WIDTHS, Builder
 from jetspec_jax.generate import CPU_TREE, DEFAULT_TREE, default_tree
@@ -109,10 +110,10 @@ def add_compile_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def load(args: argparse.Namespace, mesh: Mesh | None = None, tiles: bool | None = None) -> Pair:
-    """Loads the pair that the options name, with compiled programs kept between runs."""
+def load(args: argparse.Namespace, mesh: Mesh | None = None, tiles: bool | None = None, drafts: bool = True) -> Pair:
+    """Loads the pair that the options name, or its target alone, with compiled programs kept between runs."""
     add_compile_cache()
-    return load_pretrained(args.model, args.head, dtype=args.dtype, mesh=mesh, tiles=tiles)
+    return load_pretrained(args.model, args.head if drafts else False, dtype=args.dtype, mesh=mesh, tiles=tiles)
 
 
 def require_head(args: argparse.Namespace) -> None:
@@ -122,7 +123,7 @@ def require_head(args: argparse.Namespace) -> None:
         JetSpecError: it has none.
     """
     preset = PRESETS.get(args.model) if not Path(args.model).exists() else None
-    known = preset is not None or Path(args.model).exists()
+    known = preset is not None or Path(args.model).exists() or looks_like_hub_id(args.model)
     if known and args.head is None and (preset is None or not preset.head_source):
         raise JetSpecError(f"no draft head is known for {args.model}: name one with --head (experiments/train_head.py "
                            "trains one), or take --draft lookup or none")

@@ -30,7 +30,7 @@ from experiments.common import (
     tree_from,
 )
 from jetspec_jax import JetSpecError, Pair, PromptLookup, SamplingParams
-from jetspec_jax.generate import Draft, Generation, stream
+from jetspec_jax.generate import Draft, Generation, default_tree, stream
 
 PROMPTS = ("Explain in a few sentences why the sky is blue.",
            "A train travels 60 miles in 1.5 hours. What is its average speed? Think step by step.",
@@ -43,9 +43,11 @@ def main() -> None:
     tree_from(args)
     if args.draft == "head":
         require_head(args)
-    elif any(option is not None for option in (args.tree_builder, args.tree_width, args.budget)):
-        raise JetSpecError("--tree-builder, --tree-width and --budget shape the trees of a head: they cannot go with "
-                           f"--draft {args.draft}")
+    elif any(option is not None for option in (args.head, args.tree_builder, args.tree_width)):
+        raise JetSpecError(f"--head, --tree-builder and --tree-width cannot go with --draft {args.draft}")
+    elif args.budget is not None and (args.draft == "none" or args.budget < 2):
+        raise JetSpecError(f"--budget {args.budget} cannot go with --draft {args.draft}: a lookup has at least 2 "
+                           "nodes, plain decoding has one")
     if args.draft == "none" and args.compare_ar:
         raise JetSpecError("--compare-ar compares with plain decoding, which is what --draft none does")
     sampling, messages = sampling_from(args), read_prompts(args)
@@ -55,7 +57,7 @@ def main() -> None:
         raise JetSpecError(f"--seed must be from 0 to 2**32 - 1, not {args.seed}")
     if args.system is not None and args.no_chat_template:
         raise JetSpecError("--system is part of the chat template: it cannot go with --no-chat-template")
-    pair = load(args, mesh_from(args))
+    pair = load(args, mesh_from(args), drafts=args.draft == "head")
     title, draft = draft_from(args, pair)
     prompts = [as_prompt(pair, message, args) for message in messages]
     answers = [answer(pair, prompt, args, draft, sampling, f"\n> {message}\n" if i else f"> {message}\n")
@@ -73,7 +75,7 @@ def main() -> None:
         show(report["ar"], plain)
         if report["ar"]["rounds"]:
             ratio = summary["tokens_per_second"] / report["ar"]["tokens_per_second"]
-            print(f"  tree / plain   {ratio:.2f}x the tokens/s")
+            print(f"  {'tree' if args.draft == 'head' else 'lookup'} / plain   {ratio:.2f}x the tokens/s")
         print(f"  tokens identical: {report['identical']}")
     if args.json:
         print(json.dumps(report))
@@ -84,8 +86,9 @@ def draft_from(args: argparse.Namespace, pair: Pair) -> tuple[str, Draft | None]
     if args.draft == "none":
         return "plain decoding", None
     if args.draft == "lookup":
-        lookup = PromptLookup()
-        return f"prompt lookup ({lookup.length} tokens after the last {lookup.ngram})", lookup
+        nodes = args.budget or min(PromptLookup().length + 1, default_tree(pair).budget)
+        lookup = PromptLookup(length=nodes - 1)
+        return f"prompt lookup (last {lookup.ngram} tokens, budget {nodes})", lookup
     tree = tree_from(args, pair)
     return f"tree decoding ({tree.builder}, width {tree.width}, budget {tree.budget})", tree
 

@@ -64,7 +64,7 @@ def main() -> None:
     check_output(args.out)
     dataset = Dataset(args.dataset)
     add_compile_cache()
-    pair = load_pretrained(args.model, dtype=args.target_dtype, tiles=False)
+    pair = load_pretrained(args.model, False, dtype=args.target_dtype, tiles=False)
     target, target_params = pair.target_config, pair.params.target
     head, start = starting_point(args, target, target_params, config.seed)
     layers = dataset.info.layers or tuple(dict.fromkeys((*head.target_layer_ids, target.num_layers - 1)))

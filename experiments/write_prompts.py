@@ -46,7 +46,7 @@ def main() -> None:
         raise JetSpecError(f"--out {args.out} is there already: delete it, or name another file")
     exclusion = suite_exclusion(cache_folder() / "sources")
     add_compile_cache()
-    pair = load_pretrained(args.model, None, dtype=args.dtype, tiles=False)
+    pair = load_pretrained(args.model, False, dtype=args.dtype, tiles=False)
     rng = random.Random(args.seed)
     prompts: dict[str, None] = {}
     with tqdm(total=args.count, unit="prompt") as bar:

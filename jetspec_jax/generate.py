@@ -357,7 +357,7 @@ def drafter_of(pair: Pair, tree: Draft | None) -> Drafter:
                            f"{tree!r}")
     if pair.head_config is None:
         raise JetSpecError("this pair has no draft head: load one (load_pretrained(target, head=...), decode.py: "
-                           "--head), or decode plainly with tree=None")
+                           "--head), or decode without: tree=PromptLookup() or None (decode.py: --draft)")
     if isinstance(pair.head_config, AutoregressiveHeadConfig):
         return AutoregressiveDrafter(pair.target_config, pair.head_config, tree)
     assert isinstance(pair.head_config, HeadConfig)

