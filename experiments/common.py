@@ -122,8 +122,9 @@ def require_head(args: argparse.Namespace) -> None:
     Raises:
         JetSpecError: it has none.
     """
-    preset = PRESETS.get(args.model) if not Path(args.model).exists() else None
-    known = preset is not None or Path(args.model).exists() or looks_like_hub_id(args.model)
+    local = Path(args.model).exists()
+    preset = None if local else PRESETS.get(args.model)
+    known = local or preset is not None or looks_like_hub_id(args.model)
     if known and args.head is None and (preset is None or not preset.head_source):
         raise JetSpecError(f"no draft head is known for {args.model}: name one with --head (experiments/train_head.py "
                            "trains one), or take --draft lookup or none")

@@ -40,16 +40,7 @@ PROMPTS = ("Explain in a few sentences why the sky is blue.",
 def main() -> None:
     args = build_parser().parse_args()
     # A wrong option should not cost the loading of a model.
-    tree_from(args)
-    if args.draft == "head":
-        require_head(args)
-    elif any(option is not None for option in (args.head, args.tree_builder, args.tree_width)):
-        raise JetSpecError(f"--head, --tree-builder and --tree-width cannot go with --draft {args.draft}")
-    elif args.budget is not None and (args.draft == "none" or args.budget < 2):
-        raise JetSpecError(f"--budget {args.budget} cannot go with --draft {args.draft}: a lookup has at least 2 "
-                           "nodes, plain decoding has one")
-    if args.draft == "none" and args.compare_ar:
-        raise JetSpecError("--compare-ar compares with plain decoding, which is what --draft none does")
+    check_draft(args)
     sampling, messages = sampling_from(args), read_prompts(args)
     if args.max_new_tokens < 1:
         raise JetSpecError(f"--max-new-tokens must be at least 1, not {args.max_new_tokens}")
@@ -79,6 +70,20 @@ def main() -> None:
         print(f"  tokens identical: {report['identical']}")
     if args.json:
         print(json.dumps(report))
+
+
+def check_draft(args: argparse.Namespace) -> None:
+    """Raises JetSpecError for options of drafting that are out of range or do not fit each other."""
+    tree_from(args)
+    if args.draft == "head":
+        require_head(args)
+    elif any(option is not None for option in (args.head, args.tree_builder, args.tree_width)):
+        raise JetSpecError(f"--head, --tree-builder and --tree-width cannot go with --draft {args.draft}")
+    elif args.budget is not None and (args.draft == "none" or args.budget < 2):
+        raise JetSpecError(f"--budget {args.budget} cannot go with --draft {args.draft}: a lookup has at least 2 "
+                           "nodes, plain decoding has one")
+    if args.draft == "none" and args.compare_ar:
+        raise JetSpecError("--compare-ar compares with plain decoding, which is what --draft none does")
 
 
 def draft_from(args: argparse.Namespace, pair: Pair) -> tuple[str, Draft | None]:

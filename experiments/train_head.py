@@ -165,10 +165,9 @@ def starting_point(args: argparse.Namespace, target: TargetConfig, params: dict,
 def autoregressive_start(args: argparse.Namespace, shape: HeadConfig,
                          seed: int) -> tuple[AutoregressiveHeadConfig, dict]:
     """One layer unless told otherwise, at random (its rows read something else than the target's layers do)."""
-    shared = {f.name: getattr(shape, f.name) for f in dataclasses.fields(AutoregressiveHeadConfig)}
-    head = AutoregressiveHeadConfig(**{
-        **shared, "num_layers": 1 if args.layers is None else args.layers, "dtype": "float32",
-        "block_size": shape.block_size if args.block_size is None else args.block_size})
+    head = dataclasses.replace(AutoregressiveHeadConfig.like(shape), dtype="float32",
+                               num_layers=1 if args.layers is None else args.layers,
+                               block_size=shape.block_size if args.block_size is None else args.block_size)
     return head, init_autoregressive(head, jax.random.key(seed))
 
 

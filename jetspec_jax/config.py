@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, get_args
 
@@ -245,6 +245,11 @@ class HeadConfig(DrafterConfig):
 @dataclass(frozen=True, kw_only=True)
 class AutoregressiveHeadConfig(DrafterConfig):
     """An EAGLE-3-style head (arXiv 2503.01840): one pass per depth, each reading the token drafted before."""
+
+    @classmethod
+    def like(cls, head: DrafterConfig) -> AutoregressiveHeadConfig:
+        """The shape of another head."""
+        return cls(**{field.name: getattr(head, field.name) for field in fields(cls)})
 
 
 @dataclass(frozen=True)

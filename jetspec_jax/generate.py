@@ -28,10 +28,10 @@ from jetspec_jax.lookup import LookupDrafter
 from jetspec_jax.pair import Pair
 from jetspec_jax.sampling import Sampler, sequence_keys
 from jetspec_jax.sharding import fetch, over_mesh, put, shards_of
+from jetspec_jax.tiles import is_large
 
 DEFAULT_TREE = TreeConfig()
 CPU_TREE = TreeConfig("best_first", TREE_WIDTHS["best_first"], 4)  # more nodes cost a CPU more than they bring
-CPU_TREE_BYTES = 2**24  # of a target that does not fit into the processor's cache
 DEFAULT_SAMPLING = SamplingParams()
 DEFAULT_BATCH = 8
 PROMPT_CHUNK = 256  # prompt tokens per forward
@@ -340,13 +340,12 @@ class Run:
 
 def default_tree(pair: Pair) -> TreeConfig:
     """The published tree; on a CPU, whose forward pays for every node of a large target, few of the best nodes."""
-    large = sum(leaf.nbytes for leaf in jax.tree.leaves(pair.params.target)) >= CPU_TREE_BYTES
-    return CPU_TREE if large and jax.default_backend() == "cpu" else DEFAULT_TREE
+    return CPU_TREE if jax.default_backend() == "cpu" and is_large(pair.params.target) else DEFAULT_TREE
 
 
 def drafter_of(pair: Pair, tree: Draft | None) -> Drafter:
     """What drafts for `tree` with this pair."""
-    if isinstance(tree, str) and tree == "auto":
+    if tree == "auto":
         tree = default_tree(pair)
     if tree is None:
         return NoDrafter()

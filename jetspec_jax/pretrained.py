@@ -62,8 +62,8 @@ def load_pretrained(target: str | Path, head: str | Path | Literal[False] | None
     target_shape = _read_config(folder, "target")
     target_shape.share(shards)
     head_folder = None
-    if head or (head is None and preset is not None and preset.head_source):
-        head_folder = _find_head(head or None, preset, target_shape, shards)
+    if head is not False and (head is not None or (preset is not None and preset.head_source)):
+        head_folder = _find_head(head, preset, target_shape, shards)
 
     config, params = _load(folder, "target", dtype, mesh, tiles)
     pair = Pair(config, None, Params(params, {}), _load_tokenizer(folder), mesh=mesh)

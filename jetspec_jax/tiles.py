@@ -22,7 +22,7 @@ from jetspec_jax.errors import JetSpecError
 TILE = 64  # columns
 MOST_ROWS = 32  # beyond them the copies of x that `tiled_product` makes cost more than they save
 MOST_CORES = 2  # XLA spreads a plain product over all cores, tiles it does not
-LEAST_BYTES = 2**24  # smaller models stay in the processor's cache anyway
+LEAST_BYTES = 2**24  # smaller models stay in the processor's cache
 
 Config = TypeVar("Config", bound=TransformerConfig)
 
@@ -30,8 +30,13 @@ Config = TypeVar("Config", bound=TransformerConfig)
 def worth_tiles(config: TransformerConfig, params: dict) -> bool:
     """Whether these weights are faster in tiles: on few cores, float32, many, and of sizes that a tile divides."""
     return (cores() <= MOST_CORES and config.dtype == "float32" and config.product_dtype is None
-            and sum(leaf.nbytes for leaf in jax.tree.leaves(params)) >= LEAST_BYTES
+            and is_large(params)
             and all(size % TILE == 0 for size in _column_counts(config, params)))
+
+
+def is_large(params: dict) -> bool:
+    """Whether a CPU reads these weights from memory again for every token."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params)) >= LEAST_BYTES
 
 
 def cores() -> int:

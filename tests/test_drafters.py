@@ -15,7 +15,6 @@ from jetspec_jax.config import AutoregressiveHeadConfig
 from jetspec_jax.draft import HeadDrafter, Params
 from jetspec_jax.generate import generate
 from jetspec_jax.lookup import LookupDrafter
-from jetspec_jax.target import target_shapes
 from jetspec_jax.training.batches import Batches
 from jetspec_jax.training.evaluate import accepted_on
 from tests.models import PROGRAMS, random_pair, random_params, tiny_head, tiny_target
@@ -45,13 +44,8 @@ def test_a_small_tree_drafts_what_it_can_use(causal, tree, monkeypatch):
                                   TreeConfig("best_first", 5, 2), TreeConfig("chain", budget=3)], ids=str)
 def test_a_small_autoregressive_tree_takes_the_passes_that_it_can_use(tree, monkeypatch):
     """As many levels, and rows a level, as there are nodes below the root; and then the very trees of all of them."""
-    target = tiny_target()
-    shape = tiny_head(target, block_size=6)
-    shared = {f.name: getattr(shape, f.name) for f in dataclasses.fields(AutoregressiveHeadConfig)}
-    head = AutoregressiveHeadConfig(**shared)
-    params = Params(random_params(target_shapes(target), np.random.default_rng(1)),
-                    random_params(autoregressive_shapes(head), np.random.default_rng(0)))
-    drafter = AutoregressiveDrafter(target, head, tree)
+    pair = autoregressive_pair(block_size=6)
+    drafter = AutoregressiveDrafter(pair.target_config, pair.head_config, tree)
     state = drafter.create(2, 40)
     state = dataclasses.replace(state, pending=state.pending + 0.3, pending_count=jnp.asarray([1, 1], jnp.int32))
     at = (jnp.asarray([[3, 1, 4], [9, 2, 6]], jnp.int32), jnp.asarray([2, 1], jnp.int32))
@@ -59,13 +53,13 @@ def test_a_small_autoregressive_tree_takes_the_passes_that_it_can_use(tree, monk
     run = AutoregressiveDrafter._run
     monkeypatch.setattr(AutoregressiveDrafter, "_run", lambda self, *args: passes.append(args[1].shape) or
                         run(self, *args))
-    found = drafter.propose(params, state, *at)[0]
+    found = drafter.propose(pair.params, state, *at)[0]
     below = tree.budget - 1
     rows = 1 if tree.builder == "chain" else min(below, tree.width)
     assert passes == [(2, drafter.max_path)] + [(2, rows)] * (below - 1)
     monkeypatch.setattr(AutoregressiveDrafter, "_most_below", 100)
     passes.clear()
-    full = drafter.propose(params, state, *at)[0]
+    full = drafter.propose(pair.params, state, *at)[0]
     assert len(passes) == 5
     jax.tree.map(np.testing.assert_array_equal, found, full)
 

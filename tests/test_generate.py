@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 import jetspec_jax.generate
-from jetspec_jax import JetSpecError, SamplingParams, TreeConfig
-from jetspec_jax import generate as generation
+from jetspec_jax import JetSpecError, SamplingParams, TreeConfig, tiles
 from jetspec_jax.decode import Decoder, create_state, decode_round, insert, prefill
 from jetspec_jax.draft import HeadDrafter, NoDrafter
 from jetspec_jax.generate import Request, Run, bucket, generate, stream
@@ -147,7 +146,7 @@ def test_the_default_tree_is_the_machines(pair, prompts, monkeypatch):
     """Few nodes for a large target on a CPU, the published tree otherwise; the tokens are the same."""
     published = generate(pair, prompts[0], max_new_tokens=9)
     assert max(published.tree_sizes) > 4
-    monkeypatch.setattr(generation, "CPU_TREE_BYTES", 0)
+    monkeypatch.setattr(tiles, "LEAST_BYTES", 0)
     small = generate(pair, prompts[0], max_new_tokens=9)
     assert max(small.tree_sizes) == 4
     assert small.token_ids == published.token_ids

@@ -7,14 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from experiments.common import tree_from
 from experiments.decode import build_parser
-from jetspec_jax import TreeConfig, checkpoint, load_pretrained
-from jetspec_jax import generate as generation
+from jetspec_jax import TreeConfig, checkpoint, load_pretrained, tiles
 from jetspec_jax.autoregressive import autoregressive_shapes
 from jetspec_jax.config import AutoregressiveHeadConfig
 from jetspec_jax.head import head_shapes
@@ -91,11 +91,11 @@ def test_the_default_tree_is_the_pairs(monkeypatch):
     parse = build_parser().parse_args
     pair = random_pair(0, tiny_target(), tiny_head(tiny_target()))
     assert tree_from(parse([]), pair) == tree_from(parse([])) == TreeConfig("accum_logp", 7, 64)
-    monkeypatch.setattr(generation, "CPU_TREE_BYTES", 0)  # a large one
+    monkeypatch.setattr(tiles, "LEAST_BYTES", 0)  # a large one
     assert tree_from(parse([]), pair) == TreeConfig("best_first", 16, 4)
     assert tree_from(parse(["--budget", "64"]), pair) == TreeConfig("best_first", 16, 64)
     assert tree_from(parse(["--tree-builder", "accum_logp"]), pair) == TreeConfig("accum_logp", 7, 4)
-    monkeypatch.setattr(generation.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert tree_from(parse([]), pair) == TreeConfig("accum_logp", 7, 64)
 
 
@@ -153,8 +153,7 @@ def small(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("small"), np.random.default_rng(0)
     target = tiny_target(vocab_size=49152, qk_norm=False, dtype="float32")
     head = tiny_head(target, block_size=8)
-    stepwise = AutoregressiveHeadConfig(**{
-        field.name: getattr(head, field.name) for field in dataclasses.fields(AutoregressiveHeadConfig)})
+    stepwise = AutoregressiveHeadConfig.like(head)
     for name, config, shapes in (("target", target, target_shapes(target)), ("head", head, head_shapes(head)),
                                  ("two-way", dataclasses.replace(head, causal=False), head_shapes(head)),
                                  ("stepwise", stepwise, autoregressive_shapes(stepwise))):

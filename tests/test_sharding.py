@@ -92,8 +92,7 @@ def test_experts_are_spread_whole(with_experts, prompts, groups, shards, tree, s
 
 def test_an_autoregressive_head_and_tied_embeddings(prompts):
     target = dataclasses.replace(TARGET, tie_embeddings=True, qk_norm=False)
-    shared = {f.name: getattr(HEAD, f.name) for f in dataclasses.fields(AutoregressiveHeadConfig)}
-    head = AutoregressiveHeadConfig(**{**shared, "block_size": 3})
+    head = dataclasses.replace(AutoregressiveHeadConfig.like(HEAD), block_size=3)
     pair = random_pair(1, target, tiny_head(target))
     params = Params(pair.params.target, random_params(autoregressive_shapes(head), np.random.default_rng(0)))
     pair = dataclasses.replace(pair, head_config=head, params=params)

@@ -74,9 +74,7 @@ def test_the_same_model(options):
 def test_an_autoregressive_head_in_tiles():
     target = tiny_target(**SIZES)
     pair = random_pair(3, target)
-    shape = tiny_head(target, block_size=4, intermediate_size=20)
-    head = AutoregressiveHeadConfig(**{f.name: getattr(shape, f.name)
-                                       for f in dataclasses.fields(AutoregressiveHeadConfig)})
+    head = AutoregressiveHeadConfig.like(tiny_head(target, block_size=4))
     params = random_params(autoregressive_shapes(head), np.random.default_rng(0))
     pair = dataclasses.replace(pair, head_config=head, params=Params(pair.params.target, params))
     one, other = (generate(p, [3, 1, 4], max_new_tokens=12, tree=TreeConfig(width=2, budget=5))
