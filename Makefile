@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PLAN := $(VENV)-plan
 EXTRAS ?=
 
-.PHONY: demo test aot lint clean
+.PHONY: demo test aot lint gpu clean
 
 demo: $(VENV)/.demo$(EXTRAS)
 	$(BIN)/python experiments/decode.py --compare-ar $(ARGS)
@@ -17,6 +17,10 @@ test: lint aot
 # The compiler for an H100 lives in its own environment: without a driver it complains whenever JAX starts.
 aot: $(PLAN)/.ready
 	$(PLAN)/bin/python -m pytest -m aot tests/test_h100_plan.py tests/test_triton.py
+
+# On a machine with an H100, whose Python has JAX and Flax; nothing is installed. ARGS=--tiny checks it anywhere.
+gpu:
+	$(PYTHON) experiments/h100_bench.py --out runs/h100 --all $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

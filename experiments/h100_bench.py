@@ -1,121 +1,130 @@
-"""Measures on a real H100: the GPU tests, every kernel of a round against its floor, rounds against plain decoding.
+"""Measures on a real H100: are the kernels right, what do rounds and kernels take, and what decides the next steps.
 
-    python experiments/h100_bench.py --out runs/h100
-    python experiments/h100_bench.py --out runs/check --tiny      # checks the script anywhere, kernels interpreted
+    make gpu                                                     # experiments/h100_bench.py --out runs/h100 --all
+    python experiments/h100_bench.py --out runs/h100 --steps rounds kernels
+    python experiments/h100_bench.py --out runs/check --all --tiny     # every step on any machine, kernels interpreted
 
-Needs an NVIDIA GPU and the extras `gpu` and `test`; weights are random, for time does not depend on them. Floors are
-those of experiments/h100_plan.py (3.0 TB/s, 798 TFLOP/s). Writes results.md and results.json into --out.
+Nine minutes suffice. Every step writes its JSON into --out at once; a step that fails keeps its whole message and the
+next goes on; what is cut off has left what was done, and a further run of other --steps adds to it. The project need
+not be installed: JAX, Flax, transformers and the wheels of platformdirs and gguf are enough. results.md puts the
+measurements beside what the plan predicts (docs/h100.md). Weights of Qwen3-8B are random and made on the device.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
-from typing import Any
+from typing import IO
 
-import jax
-import jax.numpy as jnp
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs without being installed
 
 from experiments.common import check_output, run_main, write_text
-from experiments.h100.measure import measure_kernels, measure_rounds
-from experiments.h100.plan import Setup, abstract_params, setup_for
-from jetspec_jax import HeadConfig, JetSpecError, Pair, TargetConfig, TreeConfig
-from jetspec_jax.draft import Params
+from experiments.h100_steps.ledger import ALONE, LIMITS, LOOPS, Ledger
+from experiments.h100_steps.report import as_markdown
+from jetspec_jax import JetSpecError
 
-BUDGETS = (16, 32, 64, 128, 256)
-TURNS, LAUNCHES = 20, 10  # of every kernel: turns of a loop on the device, launches in each
-
-
-def tiny_setup(budget: int, context: int) -> Setup:
-    """Small enough for interpreted kernels."""
-    target = TargetConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_layers=2, num_heads=2,
-                          num_kv_heads=1, head_dim=16, dtype="float32", kernels="pallas_interpret")
-    head = HeadConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_layers=1, num_heads=2, num_kv_heads=1,
-                      head_dim=16, dtype="float32", kernels="pallas_interpret", block_size=4, target_layer_ids=(0, 1),
-                      num_target_layers=2, mask_token_id=63)
-    return Setup(target, head, TreeConfig(width=2, budget=budget), 1, context)
-
-
-def random_weights(setup: Setup) -> Params:
-    """Normal with deviation 0.02; scales of norms are 1."""
-    def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        if len(leaf.shape) == 1:
-            return jnp.ones(leaf.shape, leaf.dtype)
-        return jax.random.normal(jax.random.key(len(leaf.shape)), leaf.shape, leaf.dtype) * 0.02
-
-    params: Params = jax.tree.map(draw, abstract_params(setup))
-    return params
-
-
-def run_gpu_tests() -> dict[str, Any]:
-    """The tests with the marker `gpu`, in their own process, which has to do with the memory that this one leaves."""
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"],
-                          cwd=Path(__file__).parent.parent, capture_output=True, text=True,
-                          env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"})
-    last = (done.stdout.strip().splitlines() or [done.stderr.strip()])[-1]
-    return {"passed": done.returncode == 0, "summary": last}
-
-
-def as_markdown(report: dict[str, Any]) -> str:
-    lines = [f"# {report['model']} on {report['device']}", "",
-             f"Measured by `experiments/h100_bench.py`, context {report['context']}, batch 1, random weights. "
-             f"GPU tests: {report['gpu_tests']['summary']}", "",
-             "| budget | round, ms | floor, ms | ratio | plain, ms | pays above |", "|---:|---:|---:|---:|---:|---:|"]
-    plain = report["plain"]["seconds"]
-    for row in report["rounds"]:
-        lines.append(f"| {row['budget']} | {row['seconds'] * 1e3:.2f} | {row['floor_seconds'] * 1e3:.2f} | "
-                     f"{row['seconds'] / row['floor_seconds']:.2f} | {plain * 1e3:.2f} | "
-                     f"{row['seconds'] / plain:.2f} |")
-    lines += ["", "A round pays where it adds more tokens than the last column. Small operands of a kernel may lie in "
-              "the L2 cache when it is launched again.", "",
-              "| kernel | operands | us | floor, us | ratio |", "|---|---|---:|---:|---:|"]
-    for row in report["kernels"]:
-        if "error" in row:
-            lines.append(f"| {row['name']} | {row['operands']} | failed: {row['error']} | | |")
-            continue
-        lines.append(f"| {row['name']} | {row['operands']} | {row['seconds'] * 1e6:.1f} | "
-                     f"{row['floor_seconds'] * 1e6:.1f} | {row['seconds'] / row['floor_seconds']:.2f} |")
-    return "\n".join(lines) + "\n"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="results.json and results.md")
-    parser.add_argument("--model", default="qwen3-8b", metavar="NAME", help="preset (default %(default)s)")
-    parser.add_argument("--context", type=int, help="committed tokens (default 4096; 64 with --tiny)")
-    parser.add_argument("--repeats", type=int, default=5, help="of every measurement (default %(default)s)")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model with interpreted kernels, on any machine")
-    args = parser.parse_args()
-    if args.repeats < 1 or (args.context is not None and args.context < 1):
-        raise JetSpecError(f"--repeats and --context must be at least 1, not {args.repeats} and {args.context}")
-    if not args.tiny and jax.default_backend() != "gpu":
-        raise JetSpecError("no NVIDIA GPU is visible to JAX (pip install -e '.[gpu,test]'); --tiny checks the script "
-                           "without one")
-    budgets, turns, launches = ((8,), 1, 1) if args.tiny else (BUDGETS, TURNS, LAUNCHES)
-    context = args.context or (64 if args.tiny else 4096)
-    setup = tiny_setup(budgets[-1], context) if args.tiny else setup_for(
-        args.model, TreeConfig(budget=budgets[-1]), 1, context)
+    args = build_parser().parse_args()
+    steps = [name for name in LIMITS if args.all or name in args.steps]
+    if args.weights is not None and not args.weights.exists():
+        raise JetSpecError(f"--weights {args.weights} does not exist: name the folder or GGUF file of the small target")
+    if args.minutes <= 0:
+        raise JetSpecError(f"--minutes must be above 0, not {args.minutes}")
+    if not args.tiny:
+        require_gpu()
     check_output(args.out)
-    tests = run_gpu_tests()
-    pair = Pair(setup.target, setup.head, random_weights(setup))
-    setups = [dataclasses.replace(setup, tree=dataclasses.replace(setup.tree, budget=b)) for b in budgets]
-    plain, rounds = measure_rounds(pair, setups, args.repeats)
-    report = {"model": "tiny" if args.tiny else args.model, "device": jax.devices()[0].device_kind,
-              "context": context, "gpu_tests": tests, "plain": plain, "rounds": rounds, "kernels": []}
-    write_report(args.out, report)  # whatever the kernels do, the rounds were measured
-    report["kernels"] = measure_kernels(setup, turns, launches, args.repeats)
-    write_report(args.out, report)
-    print(as_markdown(report))
+    with (args.out / "log.txt").open("a") as log:
+        run_steps(steps, args, log)
+    text = as_markdown(args.out)
+    write_text(args.out / "results.md", text)
+    print(text)
+    bad = [name for name in steps if Ledger(args.out).rows.get(name, {}).get("state") != "done"]
+    if bad:
+        raise JetSpecError(f"not done: {', '.join(bad)}; see {args.out / 'steps.json'} and log.txt beside it")
 
 
-def write_report(folder: Path, report: dict[str, Any]) -> None:
-    write_text(folder / "results.json", json.dumps(report, indent=1) + "\n")
-    write_text(folder / "results.md", as_markdown(report))
+def run_steps(steps: list[str], args: argparse.Namespace, log: IO[str]) -> None:
+    """Runs the steps in few processes; one that ended badly is left out, or tried once more with the host's loop."""
+    deadline = time.monotonic() + 60 * args.minutes
+    waiting, host_loop = list(steps), args.host_loop
+    for name in steps:
+        Ledger(args.out).write(name, state="not reached")
+    while waiting and time.monotonic() < deadline:
+        size = 1 if waiting[0] in ALONE else next((i for i, name in enumerate(waiting) if name in ALONE), len(waiting))
+        log_start = log.tell()
+        run_process(waiting[:size], args, host_loop, deadline, log)
+        ledger = Ledger(args.out)
+        while waiting and ledger.rows[waiting[0]]["state"] == "done":
+            waiting.pop(0)
+            size -= 1
+        if not size or not waiting:
+            continue
+        name, row = waiting[0], ledger.rows[waiting[0]]
+        if row["state"] == "running":  # the process is gone
+            tail = (args.out / "log.txt").read_bytes()[log_start:].decode(errors="replace")[-6000:]
+            cut = "Timeout (" in tail or time.monotonic() >= deadline
+            ledger.write(name, **row | {"state": "died", "error": "cut off" if cut else "crash", "message": tail})
+        if name in LOOPS and not host_loop and ledger.rows[name]["error"] in ("crash", "JaxRuntimeError"):
+            print(f"{name} failed: once more with the host's loop instead of a graph that loops", flush=True)
+            host_loop = True
+        else:
+            host_loop = args.host_loop
+            waiting.pop(0)
+
+
+def run_process(steps: list[str], args: argparse.Namespace, host_loop: bool, deadline: float, log: IO[str]) -> None:
+    """One process for some steps; what it prints goes to the terminal and into the log."""
+    command = [sys.executable, "-m", "experiments.h100_steps", *steps, "--out", str(args.out.resolve())]
+    command += ["--tiny"] if args.tiny else []
+    command += ["--host-loop"] if host_loop else []
+    command += ["--weights", str(args.weights.resolve())] if args.weights else []
+    folders = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # Nearly all memory is JAX's: weights, caches and the operands of every launch.
+    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9", "PYTHONUNBUFFERED": "1", **os.environ,
+                   "PYTHONPATH": os.pathsep.join(folders)}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True, errors="replace") as process:
+        end = threading.Timer(max(1.0, deadline - time.monotonic()), process.kill)
+        end.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            log.write(line)
+            log.flush()
+            print(line, end="", flush=True)
+        end.cancel()
+
+
+def require_gpu() -> None:
+    """Raises JetSpecError where JAX sees no GPU; asked in a process of its own, which gives the card back."""
+    code = "import jax; print(jax.default_backend())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"})
+    if done.stdout.strip() != "gpu":
+        raise JetSpecError("no NVIDIA GPU is visible to JAX (pip install -e '.[gpu]'); --tiny checks the script "
+                           "without one")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="JSON per step, log.txt, results.md")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--all", action="store_true", help="every step, in order")
+    which.add_argument("--steps", nargs="+", choices=LIMITS, default=[], metavar="STEP", help=", ".join(LIMITS))
+    parser.add_argument("--weights", type=Path, metavar="FOLDER",
+                        help="target of the step `pair`, where it cannot be fetched: its converted folder, or one with "
+                             "the GGUF file")
+    parser.add_argument("--minutes", type=float, default=9.0, help="after which all ends (default %(default)s)")
+    parser.add_argument("--host-loop", action="store_true", help="the loop of rounds outside the CUDA graph")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model with interpreted kernels, on any machine")
+    return parser
 
 
 if __name__ == "__main__":

@@ -25,11 +25,15 @@ def compiler_options() -> dict[str, Any]:
 class Programs:
     """Compiles ahead of time, so that compilation is never counted as decoding.
 
+    Args:
+        options: what XLA must be told; None takes `compiler_options()`.
+
     Attributes:
         compile_seconds: wall-clock seconds spent compiling so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, options: dict[str, Any] | None = None) -> None:
+        self._options = options
         self._compiled: dict[Any, Callable[..., Any]] = {}
         self.compile_seconds = 0.0
 
@@ -50,6 +54,7 @@ class Programs:
             start = time.perf_counter()
             jitted = jax.jit(function, static_argnums=tuple(range(len(static))),
                              donate_argnums=() if donate is None else (len(static) + donate,))
-            self._compiled[key] = jitted.lower(*static, *args).compile(compiler_options())
+            options = compiler_options() if self._options is None else self._options
+            self._compiled[key] = jitted.lower(*static, *args).compile(options)
             self.compile_seconds += time.perf_counter() - start
         return self._compiled[key](*args)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 # Multiprocessors of an H100 SXM: enough blocks for all of them is what splitting over keys is for.
 PROCESSORS = 132
 WORD = 32  # columns of new tokens met at a time: one word of ancestor bits per row
+WIDE_NUMBERS = 2048  # of a block's queries in float32
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,16 @@ def padded(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def choose_config(batch: int, queries: int, heads: int, kv_heads: int, width: int,
-                  slots: int) -> TreeAttentionConfig:
+def choose_config(batch: int, queries: int, heads: int, kv_heads: int, width: int, slots: int,
+                  itemsize: int = 2) -> TreeAttentionConfig:
     """The heuristic for a shape.
 
     Rows fill the 64 (or 128) lines of a tensor-core product where there are enough; keys are split until every
-    multiprocessor has a block, but into no more than pieces of 256 slots.
+    multiprocessor has a block, but into no more than pieces of 256 slots. Full float32 products have no tensor core and
+    keep all their numbers in registers: few rows and keys at a time, or thousands of bytes a thread are spilled.
+
+    Args:
+        itemsize: bytes of a number.
 
     Raises:
         NotImplementedError: a shape that the kernels do not take; the message says why.
@@ -45,16 +50,18 @@ def choose_config(batch: int, queries: int, heads: int, kv_heads: int, width: in
     group = padded(heads // kv_heads)
     if width & (width - 1) or not 8 <= width <= 256:
         raise NotImplementedError(f"head dimension {width} is not a power of two from 8 to 256")
-    keys = 64
+    wide = itemsize > 2
+    keys = 32 if wide else 64
     while slots % keys:
         keys //= 2
     if keys < 16:
         raise NotImplementedError(f"{slots} cache slots are not a multiple of 16")
-    rows = min(128, max(16, padded(queries * group)))
+    most = max(16, min(WIDE_NUMBERS // width, 32)) if wide else 128
+    rows = min(most, max(16, padded(queries * group)))
     nodes = max(1, rows // group)
     blocks = batch * kv_heads * -(-queries // nodes)
     splits = 1
     while blocks * splits * 2 <= PROCESSORS and slots // (splits * 2) >= 256:
         splits *= 2
-    return TreeAttentionConfig(nodes=nodes, keys=keys, splits=splits, warps=8 if nodes * group >= 128 else 4,
-                               stages=2 if nodes * group >= 128 else 3)
+    large = wide or nodes * group >= 128
+    return TreeAttentionConfig(nodes=nodes, keys=keys, splits=splits, warps=8 if large else 4, stages=2 if large else 3)

@@ -40,7 +40,7 @@ def tree_attention(q: Array, new_k: Array, new_v: Array, visible: Array, cache_k
     new, kv_heads, slots = new_k.shape[1], new_k.shape[2], cache_k.shape[3]
     if q.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise NotImplementedError(f"dtype {q.dtype}")
-    config = config or choose_config(batch, queries, heads, kv_heads, width, slots)
+    config = config or choose_config(batch, queries, heads, kv_heads, width, slots, q.dtype.itemsize)
     group = heads // kv_heads
     wide = padded(group)
     # A lone query and a lone new token are repeated in registers; other sizes are padded to whole blocks.

@@ -1,0 +1,3 @@
+"""stub"""
+def predicted_round(*a):
+    return None
