@@ -35,7 +35,9 @@ def machine(out: Path) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in found["packages"].items() if version)
     card = ", ".join(f"{key} {value}" for key, value in found["card"].items() if key != "name")
     return [f"**{found['card'].get('name', found['device'])}**, {card or 'no card'}; {found['processors']} processors, "
-            f"Python {found['python']}, {versions}.", ""]
+            f"Python {found['python']}, {versions}. A copy runs at {found['rates']['copy_tb_per_second']:.2f} TB/s, a "
+            f"product of 8192 x 8192 bfloat16 matrices at {found['rates']['product_tflops']:.0f} TFLOP/s; floors and "
+            "estimates below take 3.0 TB/s and 798 TFLOP/s, those of an H100.", ""]
 
 
 def steps(out: Path) -> list[str]:
