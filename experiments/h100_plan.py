@@ -5,6 +5,7 @@
     python experiments/h100_plan.py --model qwen3-32b --tensor-parallel 4
     python experiments/h100_plan.py --sweep docs          # the table and the plot of docs/h100.md
     python experiments/h100_plan.py --sweep-large docs    # its table of several GPUs and of experts
+    python experiments/h100_plan.py --predict experiments/h100/predicted.json    # what a run on a card should confirm
 
 Needs the extra `plan`: pip install -e '.[plan]'. Times are computed from bytes, operations and launches; docs/h100.md
 explains how. With --json the last line is one JSON object.
@@ -21,6 +22,7 @@ from experiments.common import run_main
 from experiments.h100.compile import require_plugin
 from experiments.h100.large import sweep_large
 from experiments.h100.plan import ACCEPTED, plan, setup_for
+from experiments.h100.predict import predict
 from experiments.h100.report import describe
 from experiments.h100.sweep import sweep
 from jetspec_jax import JetSpecError, SamplingParams, TreeConfig
@@ -43,6 +45,9 @@ def main() -> None:
     parser.add_argument("--sweep", type=Path, metavar="FOLDER", help="write the table and the plot of docs/h100.md")
     parser.add_argument("--sweep-large", type=Path, metavar="FOLDER",
                         help="write the table of models over several GPUs, and with experts, of docs/h100.md")
+    parser.add_argument("--predict", type=Path, metavar="FILE",
+                        help="write what a run on a card is put beside; experiments/h100/predicted.json goes into "
+                             "docs/h100.md, too")
     args = parser.parse_args()
     require_plugin()
     if args.sweep:
@@ -50,6 +55,9 @@ def main() -> None:
         return
     if args.sweep_large:
         sweep_large(args.sweep_large)
+        return
+    if args.predict:
+        predict(args.predict)
         return
     SamplingParams(args.temperature)  # refuses what makes no sense
     if args.accepted < 1:

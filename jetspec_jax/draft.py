@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -101,21 +101,12 @@ def top_logp(logits: Array, width: int, backend: KernelBackend, shards: int = 1,
     return jnp.take_along_axis(tokens, chosen, axis=-1), top - total
 
 
-@dataclass(frozen=True)
-class NoDrafter:
-    """Plain decoding: every tree is its root."""
+class StatelessDrafter:
+    """Carries nothing between rounds and taps nothing."""
 
     @property
     def taps(self) -> tuple[int, ...]:
         return ()
-
-    @property
-    def nodes(self) -> int:
-        return 1
-
-    @property
-    def max_path(self) -> int:
-        return 1
 
     def create(self, batch: int, slots: int) -> Any:
         return None
@@ -126,11 +117,36 @@ class NoDrafter:
     def insert(self, state: Any, other: Any, rows: Array) -> Any:
         return state
 
-    def propose(self, params: Params, state: Any, tokens: Array, position: Array) -> tuple[DraftTree, Any]:
-        return root_only(anchor_of(tokens, position)), state
-
     def observe(self, state: Any, tapped: Array, path: Array, count: Array) -> Any:
         return state
+
+
+# XLA on a GPU makes a sum of a product with a single row, and multiplies on the way through memory; with more rows it
+# stays a product, which reads the weights at the memory's rate (docs/h100_measured.md).
+PLAIN_NODES_ON_GPU = 2
+
+
+def plain_nodes() -> int:
+    """Node slots of plain decoding on this backend."""
+    return PLAIN_NODES_ON_GPU if jax.default_backend() == "gpu" else 1
+
+
+@dataclass(frozen=True)
+class NoDrafter(StatelessDrafter):
+    """Plain decoding: every tree is its root.
+
+    Attributes:
+        nodes: N, node slots of a tree, of which one is used; see `PLAIN_NODES_ON_GPU`.
+    """
+
+    nodes: int = field(default=1, kw_only=True)
+
+    @property
+    def max_path(self) -> int:
+        return 1
+
+    def propose(self, params: Params, state: Any, tokens: Array, position: Array) -> tuple[DraftTree, Any]:
+        return root_only(anchor_of(tokens, position), self.nodes), state
 
 
 @struct.dataclass

@@ -22,7 +22,7 @@ from jetspec_jax.config import (
     is_integer,
 )
 from jetspec_jax.decode import Decoder, DecodeState, create_state, insert, prefill, run_rounds
-from jetspec_jax.draft import Drafter, HeadDrafter, NoDrafter
+from jetspec_jax.draft import Drafter, HeadDrafter, NoDrafter, plain_nodes
 from jetspec_jax.errors import JetSpecError
 from jetspec_jax.lookup import LookupDrafter
 from jetspec_jax.pair import Pair
@@ -348,7 +348,7 @@ def drafter_of(pair: Pair, tree: Draft | None) -> Drafter:
     if tree == "auto":
         tree = default_tree(pair)
     if tree is None:
-        return NoDrafter()
+        return NoDrafter(nodes=plain_nodes())
     if isinstance(tree, PromptLookup):
         return LookupDrafter(tree)
     if not isinstance(tree, TreeConfig):

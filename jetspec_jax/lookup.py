@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from jetspec_jax.config import PromptLookup
-from jetspec_jax.draft import NoDrafter, Params, anchor_of
+from jetspec_jax.draft import Params, StatelessDrafter, anchor_of
 from jetspec_jax.tree import DraftTree, chain_tree
 
 
 @dataclass(frozen=True)
-class LookupDrafter(NoDrafter):
+class LookupDrafter(StatelessDrafter):
     """Finds the last tokens earlier in the text and proposes what came after them, as a chain.
 
     The longest match wins, among equally long ones the latest. All places are compared at once.

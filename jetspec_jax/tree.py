@@ -56,11 +56,12 @@ def build_tree(config: TreeConfig, anchor: Array, tokens: Array, logp: Array,
     return DraftTree(*build(anchor, tokens, logp))
 
 
-def root_only(anchor: Array) -> DraftTree:
-    """The tree of plain decoding: the anchor alone."""
-    batch = anchor.shape[0]
-    return assemble_tree(anchor[:, None], jnp.full((batch, 1), -1, jnp.int32), jnp.zeros((batch, 1), jnp.int32),
-                 jnp.zeros((batch, 1), jnp.float32), jnp.ones((batch,), jnp.int32), depths=0)
+def root_only(anchor: Array, nodes: int = 1) -> DraftTree:
+    """The tree of plain decoding: the anchor int32 [B] alone, in `nodes` node slots."""
+    shape = (anchor.shape[0], nodes)
+    token = jnp.broadcast_to(anchor[:, None], shape)
+    return assemble_tree(token, jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.int32),
+                         jnp.zeros(shape, jnp.float32), jnp.ones(shape[:1], jnp.int32), depths=0)
 
 
 def chain_tree(tokens: Array, size: Array) -> DraftTree:

@@ -37,7 +37,7 @@ from experiments.h100.roofline import (
 from jetspec_jax import PRESETS, HeadConfig, JetSpecError, SamplingParams, TreeConfig
 from jetspec_jax.config import Preset, TargetConfig, default_target_layer_ids
 from jetspec_jax.decode import Decoder, create_state, prefill, run_rounds
-from jetspec_jax.draft import HeadDrafter, NoDrafter, Params
+from jetspec_jax.draft import PLAIN_NODES_ON_GPU, HeadDrafter, NoDrafter, Params
 from jetspec_jax.generate import PROMPT_CHUNK, bucket
 from jetspec_jax.head import head_shapes
 from jetspec_jax.sampling import Sampler
@@ -76,7 +76,7 @@ class Setup:
 
     @property
     def plain_decoder(self) -> Decoder:
-        return Decoder(self.target.share(self.devices), NoDrafter())
+        return Decoder(self.target.share(self.devices), NoDrafter(nodes=PLAIN_NODES_ON_GPU))
 
     @property
     def slots(self) -> int:
@@ -191,17 +191,23 @@ def plan(setup: Setup, temperature: float = 0.0, accepted: float = ACCEPTED) -> 
 
 def round_account(setup: Setup, program: Program) -> dict[str, Any]:
     """Counts and times of a greedy round."""
-    sequence, target, drafter = read_sequence(program, setup.context), setup.decoder.target, setup.decoder.drafter
-    operations = (target_operations(target, drafter.nodes, setup.context, setup.batch)
-                  + head_operations(target, setup.head.share(setup.devices), setup.context, setup.batch))
-    return {**summary(sequence, setup.slots), **times_of(sequence, floor(operations))}
+    return account_of(setup, setup.decoder, program)
 
 
 def plain_account(setup: Setup) -> dict[str, Any]:
     """The same of plain decoding."""
     decoder = setup.plain_decoder
-    sequence = read_sequence(compile_rounds(setup, decoder, SamplingParams()), setup.context)
-    operations = target_operations(decoder.target, 1, setup.context, setup.batch)
+    return account_of(setup, decoder, compile_rounds(setup, decoder, SamplingParams()))
+
+
+def account_of(setup: Setup, decoder: Decoder, program: Program) -> dict[str, Any]:
+    """Counts and times of a greedy round of either decoder of a setup."""
+    sequence, target, drafter = read_sequence(program, setup.context), decoder.target, decoder.drafter
+    if isinstance(drafter, HeadDrafter):
+        operations = target_operations(target, drafter.nodes, setup.context, setup.batch)
+        operations += head_operations(target, drafter.head, setup.context, setup.batch)
+    else:  # one token, whatever the node slots
+        operations = target_operations(target, 1, setup.context, setup.batch)
     return {**summary(sequence, setup.slots), **times_of(sequence, floor(operations))}
 
 
@@ -291,7 +297,8 @@ def rows_of(launches: list[Launch]) -> list[dict[str, Any]]:
         size, flops = launch.cost.bytes, launch.cost.flops
         row = rows.setdefault((launch.label, launch.kernel, launch.place, size, flops), {
             "kind": launch.label, "place": launch.place, "kernel": launch.kernel, "launches": 0, "bytes": size,
-            "flops": flops, "bound": "links" if launch.cost.sent else bound(size, flops), "seconds": 0.0})
+            "flops": flops, "grid": launch.grid, "bound": "links" if launch.cost.sent else bound(size, flops),
+            "seconds": 0.0})
         row["launches"] += launch.times
         row["seconds"] += launch.times * launch_seconds(launch)
     return sorted(rows.values(), key=lambda row: -row["seconds"])

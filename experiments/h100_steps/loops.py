@@ -21,7 +21,6 @@ from experiments.h100_steps.bench import Bench
 from jetspec_jax import SamplingParams
 from jetspec_jax.checkpoint import first_line
 from jetspec_jax.decode import Decoder, DecodeState, create_state, run_rounds
-from jetspec_jax.draft import NoDrafter
 from jetspec_jax.sampling import Sampler
 
 COMPILERS = 6  # programs compiled at once
@@ -50,7 +49,7 @@ class Loop:
 
 
 def decoder_of(setup: Setup) -> Decoder:
-    return Decoder(setup.target, NoDrafter()) if setup.tree.budget == 1 else setup.decoder
+    return setup.plain_decoder if setup.tree.budget == 1 else setup.decoder
 
 
 def compile_loops(setups: list[Setup], slots: int, bench: Bench, options: dict[str, Any]) -> list[Loop]:

@@ -6,6 +6,7 @@ products of one fixed cut cost.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from jax.experimental.pallas import triton as pltriton
 from experiments.h100.roofline import roofline
 from experiments.h100_steps.bench import Bench
 from experiments.h100_steps.launches import Timing, time_all
+from pallas_kernels import gated_product
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Cut:
 
 
 SPLITS = {"qkv": 2, "output": 4, "gate and up": 1, "down": 4, "LM head": 1}
+GATED_ROWS = (64, 128, 256)  # where the kernel is compared with the library's product and XLA's gate
 CUTS = {64: ((64, 64, 64, 4, 4), (64, 128, 64, 4, 4)), 256: ((256, 64, 64, 8, 3), (128, 128, 64, 8, 3))}
 
 
@@ -49,7 +52,20 @@ def run(bench: Bench) -> None:
             for cut in cuts_of(name, rows, bench):
                 calls[str(cut)] = partial(own_product, cut=cut, interpret=bench.tiny)
             timings += [timing_of(name, what, call, (rows, inner, width), bench) for what, call in calls.items()]
-    time_all("matmul", timings, bench)
+    time_all("matmul", timings + gated(bench), bench)
+
+
+def gated(bench: Bench) -> list[Timing]:
+    """The gated MLP's first half: our one launch, and the library's product with the gate after it."""
+    t, timings = bench.setup.target, []
+    for rows in GATED_ROWS if not bench.tiny else (8,):
+        calls: dict[str, Callable[..., Array]] = {
+            "gated_product": partial(gated_product.pallas.gated_product, interpret=bench.tiny),
+            "library and gate": gated_product.reference.gated_product}
+        for what, call in calls.items():
+            size = (rows, t.hidden_size, 2 * t.intermediate_size)
+            timings.append(timing_of("gate and up, gated", what, lambda x, w, call=call: call(x[None], w), size, bench))
+    return timings
 
 
 def weight_shapes(bench: Bench) -> list[tuple[str, int, int]]:

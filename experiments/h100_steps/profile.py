@@ -1,6 +1,7 @@
-"""Step `profile`: device time by kernel of whole rounds.
+"""Step `profile`: device time by kernel of one round.
 
-XLA launches kernels one by one while it is profiled, so durations are those of the graph and gaps are not.
+One, because the profiler counts the kernels of a graph that loops as if they ran once. Durations are those of kernels;
+what a round takes beyond their sum are its gaps.
 """
 
 from __future__ import annotations
@@ -21,26 +22,26 @@ SHOWN = 60
 def run(bench: Bench) -> None:
     """Writes profile.json: for the largest tree and for plain decoding, microseconds a round of every kernel."""
     sizes, reports = bench.sizes, []
-    budgets = (max(sizes.budgets), 1)
-    context, rounds = sizes.contexts[0], sizes.turns[0]
+    budgets, context = (max(sizes.budgets), 64, 1), sizes.contexts[0]
     setups = [bench.setup_at(budget, context) for budget in budgets]
     for loop in loops.compile_loops(setups, sizes.slots, bench, bench.options):
         budget, program = loop.setup.tree.budget, loop.compiled.result()[0]
         state = loops.rewound(loops.filled_state(loop, bench), context)
-        state = loops.rewound(loops.run(program, bench, state, rounds), context)
+        for _ in range(sizes.warm):
+            state = loops.rewound(loops.run(program, bench, state, rounds=1), context)
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
-                loops.run(program, bench, state, rounds)
-            rows = device_rows(Path(folder), rounds)
+                loops.run(program, bench, state, rounds=1)
+            rows = device_rows(Path(folder))
         total = sum(row["us_a_round"] for row in rows)
         reports.append({"budget": budget, "context": context, "us_a_round": total, "kernels": rows[:SHOWN]})
         bench.save("profile", reports)
         say(f"budget {budget}: {total:.0f} us of kernels a round")
         for row in rows[:20]:
-            print(f"  {row['us_a_round']:9.1f} us {row['launches']:6.1f} x {row['kernel'][:90]}", flush=True)
+            print(f"  {row['us_a_round']:9.1f} us {row['launches']:4d} x {row['kernel'][:90]}", flush=True)
 
 
-def device_rows(folder: Path, rounds: int) -> list[dict[str, Any]]:
+def device_rows(folder: Path) -> list[dict[str, Any]]:
     """Kernels of the streams of all GPUs, the costliest first; none off the GPU."""
     times: Counter[str] = Counter()
     counts: Counter[str] = Counter()
@@ -52,5 +53,5 @@ def device_rows(folder: Path, rounds: int) -> list[dict[str, Any]]:
                 for event in line.events if line.name.startswith("Stream") else ():
                     times[event.name] += event.duration_ns / 1e3
                     counts[event.name] += 1
-    return [{"kernel": name[:160], "launches": counts[name] / rounds, "us_a_round": us / rounds}
+    return [{"kernel": name[:160], "launches": counts[name], "us_a_round": us}
             for name, us in times.most_common()]

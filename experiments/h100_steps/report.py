@@ -136,7 +136,7 @@ def profile(reports: Rows) -> list[str]:
     for report in reports:
         parts += [f"Budget {report['budget']}, context {report['context']}: {report['us_a_round']:.0f} us of kernels a "
                   "round.", "", *table(["us a round", "launches", "kernel"], [
-                      [number(row["us_a_round"], 1), number(row["launches"], 1), f"`{row['kernel'][:100]}`"]
+                      [number(row["us_a_round"], 1), row["launches"], f"`{row['kernel'][:100]}`"]
                       for row in report["kernels"][:25]]), ""]
     return parts[:-1]
 
@@ -158,5 +158,6 @@ SECTIONS: dict[str, tuple[str, Callable[[Any], list[str]]]] = {
     "profile": ("Profile", profile),
     "rows": ("The same bits in other company", rows_table),
     "matmul": ("Products", launches({"weight": "weight", "rows": "rows", "product": "product"})),
+    "attention": ("Cuts of the attention", launches({"nodes": "nodes", "cut": "cut"})),
     "trees": ("Growing a tree", launches({"builder": "builder", "width": "width", "nodes": "nodes"})),
 }

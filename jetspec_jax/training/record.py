@@ -17,7 +17,7 @@ from jax import Array, lax
 from jetspec_jax import draft
 from jetspec_jax.config import SamplingParams
 from jetspec_jax.decode import Decoder, DecodeState
-from jetspec_jax.draft import NoDrafter, Params
+from jetspec_jax.draft import NoDrafter, Params, plain_nodes
 from jetspec_jax.errors import JetSpecError
 from jetspec_jax.generate import Prompt, Request, Run, StreamChunk, read_requests
 from jetspec_jax.pair import Pair
@@ -120,7 +120,7 @@ def record_answers(pair: Pair, prompts: Sequence[Prompt], layers: tuple[int, ...
     if pair.mesh is not None:
         raise JetSpecError("answers are recorded on one device: load the pair without a mesh (several processes can "
                            "record other prompts)")
-    decoder = Decoder(pair.target_config, _Recorder(layers, pair.target_config.hidden_size))
+    decoder = Decoder(pair.target_config, _Recorder(layers, pair.target_config.hidden_size, nodes=plain_nodes()))
     requests = read_requests(pair, list(prompts), max_new_tokens)
     for request, index in zip(requests, indices or range(len(prompts)), strict=True):
         request.index = index

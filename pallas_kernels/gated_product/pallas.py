@@ -18,7 +18,7 @@ from jax.experimental.pallas import triton as pltriton
 from pallas_kernels.gated_product import reference
 
 PROCESSORS = 132
-MAX_ROWS = 256  # beyond, the products are bound by arithmetic and XLA's are as good
+MAX_ROWS = 64  # beyond, XLA's product and gate are faster (docs/h100_measured.md)
 DEPTH = 64  # of one step over D
 
 
