@@ -5,11 +5,13 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from experiments.h100 import predict
 from experiments.h100.compile import PLUGINS, Program
 from experiments.h100.costs import cost_of, kernel_cost, used_experts
 from experiments.h100.hlo import Module, Shape, parse_instruction
@@ -17,6 +19,7 @@ from experiments.h100.kernels import read_report
 from experiments.h100.large import large_row
 from experiments.h100.launches import cache_copies, read_sequence, read_thunks, weight_collectives, weight_copies
 from experiments.h100.plan import collectives_of, setup_for
+from experiments.h100.predict import load_predictions, predicted_kernel, predicted_round
 from experiments.h100.roofline import Operation, estimate, floor, head_operations, target_operations
 from experiments.h100.sweep import fill, table
 from jetspec_jax import JetSpecError, TreeConfig
@@ -497,3 +500,101 @@ def test_a_round_of_qwen3_30b_a3b_reads_the_experts_that_are_used():
     assert (report["host_syncs_per_round"], report["launches"]["outside_graphs"]) == (0, 0)
     assert (report["weight_copy_bytes"], report["cache_copy_bytes"]) == (0, 0)
     assert report["estimate_seconds"] <= 1.6 * report["floor_seconds"]
+
+
+PREDICTIONS = load_predictions()
+
+
+def test_predictions_load_without_the_compiler():
+    code = ("import sys; from experiments.h100 import predict; predict.load_predictions(); "
+            "print([name for name in sys.modules if name.startswith('experiments.h100.')])")
+    done = run_python("-c", code)
+    assert (done.stdout.strip(), done.stderr) == ("['experiments.h100.predict']", "")
+    assert predict.PREDICTED.stat().st_size < 60_000
+
+
+def test_every_round_is_predicted():
+    """Budget 1 is plain decoding; more nodes, tokens or sequences never cost less."""
+    cases = [(budget, context, 1) for budget in (1, 16, 32, 64, 128, 256) for context in (1024, 4096)]
+    cases += [(budget, 1024, batch) for budget in (1, 16, 64) for batch in (8, 32)]
+    assert len(PREDICTIONS["rounds"]) == len(cases)
+    for case in cases:
+        row = predicted_round(*case)
+        assert row["assumed_ms"] >= row["estimate_ms"] >= row["floor_ms"] > 0
+        assert row["estimate_ms"] >= row["gigabytes"] / 3.0 + row["launches"] * PREDICTIONS["gap_us"] / 1e3 - 1e-3
+        assert row["host"] == 0
+        if case[0] > 16:
+            assert row["floor_ms"] >= predicted_round(16, *case[1:])["floor_ms"] > predicted_round(1, *case[1:])["floor_ms"]
+    assert predicted_round(48, 4096, 1) is None
+
+
+def test_the_predicted_floor_is_that_of_the_shapes():
+    """Qwen3-8B by hand: its weights and caches at 3.0 TB/s; a draft reads the head's and the LM head once more."""
+    layers = 36 * (4096 * (32 + 2 * 8) * 128 + 32 * 128 * 4096 + 3 * 4096 * 12288) * 2
+    lm_head, cache = 4096 * 151936 * 2, 36 * 2 * 8 * 128 * 2  # of one token
+    for context in (1024, 4096):
+        plain = (layers + lm_head + cache * context) / 3.0e12 * 1e3
+        assert predicted_round(1, context, 1)["floor_ms"] == pytest.approx(plain, abs=6e-4)
+        head = (layers + cache * context) * 5 / 36 + 5 * 4096 * 4096 * 2 + lm_head
+        assert predicted_round(16, context, 1)["floor_ms"] == pytest.approx(plain + head / 3.0e12 * 1e3, abs=6e-4)
+    assert predicted_round(1, 4096, 1)["floor_ms"] == pytest.approx(5.25, abs=0.005)
+    batch = (layers + lm_head + 32 * cache * 1024) / 3.0e12 * 1e3
+    assert predicted_round(1, 1024, 32)["floor_ms"] == pytest.approx(batch, abs=6e-4)
+
+
+@pytest.mark.parametrize("budget", [1, 64, 256])
+def test_predicted_launches_make_the_round(budget):
+    """All of them, with a gap before each; what is assumed comes on top."""
+    rows, whole = [row for row in PREDICTIONS["kernels"] if row["budget"] == budget], predicted_round(budget, 4096, 1)
+    count = sum(row["launches"] for row in rows)
+    assert count == whole["launches"]
+    gaps = count * PREDICTIONS["gap_us"]
+    assert (sum(row["launches"] * row["us"] for row in rows) + gaps) / 1e3 == pytest.approx(whole["estimate_ms"], abs=2e-3)
+    assumed = sum(row["launches"] * row.get("assumed_us", row["us"]) for row in rows) + gaps
+    assert assumed / 1e3 == pytest.approx(whole["assumed_ms"], abs=2e-3)
+    for row in rows:
+        assert row["us"] == pytest.approx(max(row["bytes"] / 3.0e6, row["flops"] / 798e6), abs=1e-3)
+
+
+def test_predicted_kernels():
+    """The verifying attention of 256 nodes is bound by products; a tree's 37 pops are assumed to take 1 us each."""
+    (verify,) = (row for row in predicted_kernel("tree_attention", 256) if row["place"].startswith("verify"))
+    assert verify["launches"] == 36
+    assert verify["us"] == pytest.approx(4 * 256 * 32 * 128 * (4096 + 256) / 798e6, abs=1e-3)
+    (tree,) = predicted_kernel("tree_build", 256)
+    assert (tree["launches"], tree["assumed_us"]) == (1, 37.0)
+    assert [(row["builder"], row["nodes"], row["steps"]) for row in PREDICTIONS["trees"]] == [
+        ("accum_logp", 64, 9), ("accum_logp", 256, 37), ("best_first", 64, 63), ("best_first", 256, 255)]
+    assert predicted_kernel("tree_build", 1) == []
+
+
+def test_what_is_assumed_of_the_l2_cache():
+    """128 blocks read 256 rows each; of 8 blocks of rows each reads all keys; at 5.5 TB/s."""
+    setup = setup_for("qwen3-8b", TreeConfig(width=7, budget=256), 1, 4096)
+    row = {"kind": "gated_product", "bytes": 209_715_200, "flops": 2 * 256 * 4096 * 24576, "grid": (128, 1, 1)}
+    assert predict.assumed_us(row, setup) == pytest.approx((209_715_200 + 127 * 256 * 4096 * 2) / 5.5e6)
+    row = {"kind": "tree_attention", "bytes": 28_450_824, "flops": 0, "grid": (8, 8, 2)}
+    assert predict.assumed_us(row, setup) == pytest.approx((28_450_824 + 7 * 2 * 4096 * 8 * 128 * 2) / 5.5e6)
+    assert predict.assumed_us({"kind": "matmul", "bytes": 1, "flops": 0, "grid": ()}, setup) == pytest.approx(1 / 5.5e6)
+
+
+def test_the_page_shows_the_predictions():
+    page = (ROOT / "docs" / "h100.md").read_text()
+    assert fill(page, "predictions", predict.tables(PREDICTIONS)) == page
+    assert predict.as_json(PREDICTIONS) == predict.PREDICTED.read_text()
+
+
+@aot
+@needs_plugin
+@pytest.mark.skipif(metadata.version("jax") != PREDICTIONS["versions"]["jax"], reason="predicted with another jax")
+@pytest.mark.parametrize("budget", [1, 256])
+def test_predictions_are_of_these_programs(budget):
+    """Whoever changes what is launched predicts anew: h100_plan.py --predict experiments/h100/predicted.json."""
+    done = run_python("-c", "import json, sys; from experiments.h100.predict import compile_case; "
+                            "print(json.dumps(compile_case(int(sys.argv[1]), 1, 6144, (4096,))[0]))", str(budget))
+    assert done.returncode == 0, done.stderr
+    whole, rows = json.loads(done.stdout.splitlines()[-1])
+    assert whole == predicted_round(budget, 4096, 1)
+    order = ("kernel", "place", "bytes")
+    assert sorted(rows, key=lambda row: [row[key] for key in order]) == [
+        row for row in PREDICTIONS["kernels"] if row["budget"] == budget]
