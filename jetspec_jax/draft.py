@@ -121,14 +121,14 @@ class StatelessDrafter:
         return state
 
 
-# XLA on a GPU makes a sum of a product with a single row, and multiplies on the way through memory; with more rows it
-# stays a product, which reads the weights at the memory's rate (docs/h100_measured.md).
-PLAIN_NODES_ON_GPU = 2
+# XLA on a GPU makes a sum of a product with a single row, far slower than the weights can be read, and pads products of
+# few rows to eight: decoding one sequence plainly takes a fifth less time with eight rows (docs/h100_measured.md).
+ROWS_ON_GPU = 8
 
 
-def plain_nodes() -> int:
-    """Node slots of plain decoding on this backend."""
-    return PLAIN_NODES_ON_GPU if jax.default_backend() == "gpu" else 1
+def plain_nodes(batch: int, on_gpu: bool) -> int:
+    """Node slots that plain decoding of `batch` sequences pads its trees to."""
+    return max(1, ROWS_ON_GPU // batch) if on_gpu else 1
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class NoDrafter(StatelessDrafter):
     """Plain decoding: every tree is its root.
 
     Attributes:
-        nodes: N, node slots of a tree, of which one is used; see `PLAIN_NODES_ON_GPU`.
+        nodes: N, node slots of a tree, of which one is used; see `plain_nodes`.
     """
 
     nodes: int = field(default=1, kw_only=True)

@@ -173,7 +173,6 @@ def _run(pair: Pair, prompts: list[Prompt], max_new_tokens: int, batch_size: int
     """Checks the arguments now, decodes when iterated."""
     groups, shards = shards_of(pair.mesh)
     share = pair.share()
-    decoder = Decoder(share.target_config, drafter_of(share, tree), groups)
     requests = read_requests(pair, prompts, max_new_tokens)
     vocab = pair.target_config.vocab_size
     eos = pair.target_config.eos_token_ids
@@ -193,6 +192,7 @@ def _run(pair: Pair, prompts: list[Prompt], max_new_tokens: int, batch_size: int
                            "choose one that is")
     rows = min(batch_size or DEFAULT_BATCH * groups, len(requests))
     rows = -(-rows // groups) * groups
+    decoder = Decoder(share.target_config, drafter_of(share, tree, max(rows // groups, 1)), groups)
     run = Run(pair, decoder, Sampler.create(sampling, shards), eos, seed, max_new_tokens)
     return run.steps(requests, rows, rounds_per_chunk)
 
@@ -343,12 +343,12 @@ def default_tree(pair: Pair) -> TreeConfig:
     return CPU_TREE if jax.default_backend() == "cpu" and is_large(pair.params.target) else DEFAULT_TREE
 
 
-def drafter_of(pair: Pair, tree: Draft | None) -> Drafter:
-    """What drafts for `tree` with this pair."""
+def drafter_of(pair: Pair, tree: Draft | None, rows: int = 1) -> Drafter:
+    """What drafts for `tree` with this pair, for so many sequences on every group of devices."""
     if tree == "auto":
         tree = default_tree(pair)
     if tree is None:
-        return NoDrafter(nodes=plain_nodes())
+        return NoDrafter(nodes=plain_nodes(rows, jax.default_backend() == "gpu"))
     if isinstance(tree, PromptLookup):
         return LookupDrafter(tree)
     if not isinstance(tree, TreeConfig):

@@ -144,13 +144,21 @@ def test_slots_beyond_the_prefix_are_not_read(attention, cached, request):
 
 
 def test_the_heuristic_keeps_an_h100_busy():
-    """Blocks launched for Qwen3-8B, batch 1: at least 100 for 132 multiprocessors, rows of 16 to 128."""
+    """Blocks launched for Qwen3-8B, batch 1, on 132 multiprocessors: one each, or two of 64 lines."""
     for queries in (1, 16, 64, 128, 256):
         config = choose_config(1, queries, 32, 8, 128, 4096)
         blocks = 8 * -(-queries // config.nodes) * config.splits
-        assert 100 <= blocks <= 132
-        assert 16 <= config.nodes * 4 <= 128
+        lines = config.nodes * 4
+        assert (200 <= blocks <= 264 and lines == 64) if queries == 256 else 100 <= blocks <= 132
+        assert 16 <= lines <= 128
     assert choose_config(16, 64, 32, 8, 128, 4096).splits == 1
+
+
+def test_float32_keeps_few_numbers_in_registers():
+    """Queries of a block, at most 2048 of them or 16 lines (the least of a product), and 32 keys at a time."""
+    for width, lines in ((64, 32), (128, 16), (256, 16)):
+        config = choose_config(1, 256, 8, 8, width, 4096, itemsize=4)
+        assert (config.nodes, config.keys, config.warps) == (lines, 32, 8)
 
 
 @pytest.mark.parametrize(("width", "slots", "reason"), [(96, 64, "head dimension 96"), (64, 40, "40 cache slots")])

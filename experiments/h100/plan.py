@@ -37,7 +37,7 @@ from experiments.h100.roofline import (
 from jetspec_jax import PRESETS, HeadConfig, JetSpecError, SamplingParams, TreeConfig
 from jetspec_jax.config import Preset, TargetConfig, default_target_layer_ids
 from jetspec_jax.decode import Decoder, create_state, prefill, run_rounds
-from jetspec_jax.draft import PLAIN_NODES_ON_GPU, HeadDrafter, NoDrafter, Params
+from jetspec_jax.draft import HeadDrafter, NoDrafter, Params, plain_nodes
 from jetspec_jax.generate import PROMPT_CHUNK, bucket
 from jetspec_jax.head import head_shapes
 from jetspec_jax.sampling import Sampler
@@ -76,7 +76,7 @@ class Setup:
 
     @property
     def plain_decoder(self) -> Decoder:
-        return Decoder(self.target.share(self.devices), NoDrafter(nodes=PLAIN_NODES_ON_GPU))
+        return Decoder(self.target.share(self.devices), NoDrafter(nodes=plain_nodes(self.batch, on_gpu=True)))
 
     @property
     def slots(self) -> int:

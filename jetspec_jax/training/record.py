@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -120,8 +121,9 @@ def record_answers(pair: Pair, prompts: Sequence[Prompt], layers: tuple[int, ...
     if pair.mesh is not None:
         raise JetSpecError("answers are recorded on one device: load the pair without a mesh (several processes can "
                            "record other prompts)")
-    decoder = Decoder(pair.target_config, _Recorder(layers, pair.target_config.hidden_size, nodes=plain_nodes()))
     requests = read_requests(pair, list(prompts), max_new_tokens)
+    nodes = plain_nodes(min(batch_size, len(requests)), jax.default_backend() == "gpu")
+    decoder = Decoder(pair.target_config, _Recorder(layers, pair.target_config.hidden_size, nodes=nodes))
     for request, index in zip(requests, indices or range(len(prompts)), strict=True):
         request.index = index
     run = _RecordingRun(pair, decoder, Sampler.create(sampling), pair.target_config.eos_token_ids, seed,

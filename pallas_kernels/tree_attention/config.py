@@ -7,6 +7,7 @@ from dataclasses import dataclass
 # Multiprocessors of an H100 SXM: enough blocks for all of them is what splitting over keys is for.
 PROCESSORS = 132
 WORD = 32  # columns of new tokens met at a time: one word of ancestor bits per row
+MANY_BLOCKS = 120  # of 64 lines: nearly one for each multiprocessor
 WIDE_NUMBERS = 2048  # of a block's queries in float32
 
 
@@ -35,11 +36,13 @@ def padded(size: int) -> int:
 
 def choose_config(batch: int, queries: int, heads: int, kv_heads: int, width: int, slots: int,
                   itemsize: int = 2) -> TreeAttentionConfig:
-    """The heuristic for a shape.
+    """The heuristic for a shape, as measured where it was (docs/h100_measured.md).
 
-    Rows fill the 64 (or 128) lines of a tensor-core product where there are enough; keys are split until every
-    multiprocessor has a block, but into no more than pieces of 256 slots. Full float32 products have no tensor core and
-    keep all their numbers in registers: few rows and keys at a time, or thousands of bytes a thread are spilled.
+    Rows fill the 64 lines of a tensor-core product, where there are so many that such blocks fill the GPU by
+    themselves; of fewer rows up to 128 go into a block, which then meets more keys alone. Keys are split until every
+    multiprocessor has a block (two of 64 lines, which fit side by side), but into no more than pieces of 256 slots.
+    Full float32 products have no tensor core and keep all their numbers in registers: few rows and keys at a time, or
+    thousands of bytes a thread are spilled.
 
     Args:
         itemsize: bytes of a number.
@@ -56,12 +59,13 @@ def choose_config(batch: int, queries: int, heads: int, kv_heads: int, width: in
         keys //= 2
     if keys < 16:
         raise NotImplementedError(f"{slots} cache slots are not a multiple of 16")
-    most = max(16, min(WIDE_NUMBERS // width, 32)) if wide else 128
+    many = not wide and batch * kv_heads * queries * group >= MANY_BLOCKS * 64
+    most = max(16, min(WIDE_NUMBERS // width, 32)) if wide else 64 if many else 128
     rows = min(most, max(16, padded(queries * group)))
     nodes = max(1, rows // group)
     blocks = batch * kv_heads * -(-queries // nodes)
     splits = 1
-    while blocks * splits * 2 <= PROCESSORS and slots // (splits * 2) >= 256:
+    while blocks * splits * 2 <= PROCESSORS * (2 if many else 1) and slots // (splits * 2) >= 256:
         splits *= 2
     large = wide or nodes * group >= 128
     return TreeAttentionConfig(nodes=nodes, keys=keys, splits=splits, warps=8 if large else 4, stages=2 if large else 3)
