@@ -6,7 +6,13 @@ BIN := $(VENV)/bin
 PLAN := $(VENV)-plan
 EXTRAS ?=
 
-.PHONY: demo test aot lint gpu clean
+# For the versions of JAX that need Python 3.12: one that runs (a shim of pyenv may not).
+PYTHON312 ?= $(shell for python in python3.12 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.12.*/bin/python3.12; do \
+	"$$python" -c '' 2> /dev/null && echo "$$python" && break; done)
+JAX_VERSIONS := 0.11.2 0.12.0.1
+QUICK := tests/test_kernels.py tests/test_expert_kernels.py tests/test_golden.py tests/test_program.py
+
+.PHONY: demo test aot versions lint gpu clean
 
 demo: $(VENV)/.demo$(EXTRAS)
 	$(BIN)/python experiments/decode.py --compare-ar $(ARGS)
@@ -17,6 +23,19 @@ test: lint aot
 # The compiler for an H100 lives in its own environment: without a driver it complains whenever JAX starts.
 aot: $(PLAN)/.ready
 	$(PLAN)/bin/python -m pytest -m aot tests/test_h100_plan.py tests/test_triton.py
+
+# What depends most on the version of JAX, on the others that are supported.
+versions: $(JAX_VERSIONS:%=$(VENV)-%/.ready)
+	for version in $(JAX_VERSIONS); do \
+		JAX_PLATFORMS=cpu $(VENV)-$$version/bin/python -m pytest -n 2 --max-worker-restart 0 -m "not aot" $(QUICK) && \
+		$(VENV)-$$version/bin/python -m pytest -m aot tests/test_h100_plan.py tests/test_triton.py || exit; \
+	done
+
+$(VENV)-%/.ready: pyproject.toml
+	@test -n "$(PYTHON312)" || { echo "error: jax $* needs Python 3.12, and there is none: PYTHON312=PATH names one" >&2; exit 2; }
+	$(PYTHON312) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install --quiet jax==$* jax-cuda13-plugin==$* -e '.[test,plan]'
+	touch $@
 
 # On a machine with an H100, whose Python has JAX and Flax; nothing is installed. ARGS=--tiny checks it anywhere.
 gpu:
@@ -44,4 +63,4 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) $(PLAN) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PLAN) $(JAX_VERSIONS:%=$(VENV)-%) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

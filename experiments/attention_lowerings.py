@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from experiments.common import run_main
-from experiments.h100.compile import on_h100, require_plugin
+from experiments.h100.compile import described_gpu, on_h100, require_plugin
 from experiments.h100.kernels import assemble
 from jetspec_jax import JetSpecError
 from jetspec_jax.config import PRESETS, KernelBackend
@@ -75,8 +75,10 @@ def examine(kernel: Callable[..., Array], queries: int) -> dict[str, Any]:
     """Compiles one lowering: launches, and what each of its kernels takes."""
     before = set(DUMPS.rglob("*.ptx"))
     with tempfile.TemporaryDirectory() as folder:
-        jax.jit(kernel).trace(*arguments(queries)).lower(lowering_platforms=("cuda",)).compile(
-            compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        with described_gpu():
+            lowered = jax.jit(kernel).trace(*arguments(queries)).lower(lowering_platforms=("cuda",))
+        lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True,
+                                          "xla_dump_emitter_re": "ptx"})
         launches = next(Path(folder).glob("*.thunk_sequence.txt")).read_text()
         kernels = list(by_pallas(Path(folder), launches))
     kernels += by_triton(set(DUMPS.rglob("*.ptx")) - before)

@@ -1,11 +1,13 @@
 """The attention in plain Triton: how it is chosen, and what is compiled. (What it computes is in test_kernels.py.)"""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -52,3 +54,40 @@ def test_compiled_for_an_h100():
         assert attention["shared_bytes"] < 227 * 1024
         assert (attention["wgmma"] > 0) == (row["queries"] >= 16)
         assert not attention["serialized"]
+
+
+@pytest.fixture
+def fake_jax_triton(monkeypatch):
+    """Stands in for jax-triton: (its primitive, JAX's table of rules for dead code)."""
+    pytest.importorskip("triton")
+    primitive, rules = object(), {}
+    monkeypatch.setitem(sys.modules, "jax_triton",
+                        SimpleNamespace(triton_lib=SimpleNamespace(triton_kernel_call_p=primitive)))
+    monkeypatch.setattr("jax.interpreters.partial_eval.dce_rules", rules)
+    triton = importlib.import_module("pallas_kernels.tree_attention.triton")
+    triton._jax_triton.cache_clear()
+    yield primitive, rules, triton._jax_triton
+    triton._jax_triton.cache_clear()
+
+
+def old_rule(used_outs, eqn):
+    return used_outs, eqn
+
+
+def new_rule(used_outs, live_ins, eqn):
+    return live_ins, eqn
+
+
+@pytest.mark.parametrize(("version", "rule", "mended"), [
+    ((0, 10, 2), None, False), ((0, 11, 2), old_rule, False), ((0, 12, 0), old_rule, True),
+    ((0, 12, 0), new_rule, False)])
+def test_an_old_rule_for_dead_code_is_wrapped(fake_jax_triton, monkeypatch, version, rule, mended):
+    """Only where JAX calls it with one argument more than it knows."""
+    primitive, rules, load = fake_jax_triton
+    monkeypatch.setattr("jax.__version_info__", version)
+    if rule:
+        rules[primitive] = rule
+    load()
+    assert rules.get(primitive) is rule or mended
+    if mended:
+        assert rules[primitive]("used", "live", "equation") == ("used", "equation")

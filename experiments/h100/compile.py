@@ -101,7 +101,7 @@ def compile_for_h100(function: Callable[..., Any], *args: Any, static: tuple[int
         static, donate: indices of static and of donated arguments.
     """
     with tempfile.TemporaryDirectory() as folder:
-        with _described_gpu():
+        with described_gpu():
             lowered = jax.jit(function, static_argnums=static, donate_argnums=donate).trace(*args).lower(
                 lowering_platforms=("cuda",))
         compiled = lowered.compile(compiler_options=OPTIONS | {"xla_dump_to": folder})
@@ -113,8 +113,8 @@ def compile_for_h100(function: Callable[..., Any], *args: Any, static: tuple[int
             temp_bytes=memory.temp_size_in_bytes)
 
 
-def _described_gpu() -> AbstractContextManager[Any]:
-    """From jax 0.11 on Pallas asks for the name of the GPU while it lowers."""
+def described_gpu() -> AbstractContextManager[Any]:
+    """For lowering: from jax 0.11 on Pallas asks for the name of the GPU."""
     try:
         from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
         device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import Any
+from functools import cache
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -185,13 +186,29 @@ def _launch(kernel: Any, arrays: list[Array], outputs: list[jax.ShapeDtypeStruct
     """Runs a kernel on arrays, with pointers to the outputs after those to the arrays."""
     if interpret:
         return jax.pure_callback(lambda *inputs: _interpreted(kernel, inputs, outputs, grid, static), outputs, *arrays)
-    import jax_triton
-
+    jax_triton = _jax_triton()
     name = "out_type" if "out_type" in inspect.signature(jax_triton.triton_call).parameters else "out_shape"
     # Without a GPU the program is compiled for another machine: an H100.
     capability = None if jax.default_backend() == "gpu" else H100
     return jax_triton.triton_call(*arrays, kernel=kernel, grid=grid, num_warps=warps, num_stages=stages,
                                   compute_capability=capability, name=kernel.__name__, **{name: outputs}, **static)
+
+
+@cache
+def _jax_triton() -> Any:
+    """jax-triton, mended where it is older than the JAX in use.
+
+    JAX 0.12 tells rules for dead code which inputs are live, as the second of three arguments; jax-triton's rule up to
+    0.4.1 knows two, and every jit would end in a TypeError. Falls away with the first jax-triton that knows three.
+    """
+    import jax_triton
+    from jax.interpreters import partial_eval
+
+    primitive, rules = jax_triton.triton_lib.triton_kernel_call_p, cast("dict[Any, Any]", partial_eval.dce_rules)
+    rule = rules.get(primitive)  # jax-triton 0.3 has none
+    if rule and jax.__version_info__ >= (0, 12) and len(inspect.signature(rule).parameters) == 2:
+        rules[primitive] = lambda used_outs, live_ins, eqn: rule(used_outs, eqn)
+    return jax_triton
 
 
 def _interpreted(kernel: Any, inputs: tuple[Array, ...], outputs: list[jax.ShapeDtypeStruct], grid: tuple[int, ...],
