@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections import Counter
 from pathlib import Path
@@ -51,23 +52,24 @@ def main() -> None:
     pair = load(args, mesh_from(args), drafts=args.draft == "head")
     title, draft = draft_from(args, pair)
     prompts = [as_prompt(pair, message, args) for message in messages]
-    answers = [answer(pair, prompt, args, draft, sampling, f"\n> {message}\n" if i else f"> {message}\n")
-               for i, (message, prompt) in enumerate(zip(messages, prompts, strict=True))]
+    answers, plain = [], []
+    for i, (message, prompt) in enumerate(zip(messages, prompts, strict=True)):
+        # In turns, so that other work on the machine disturbs both ways alike, and neither always goes first.
+        if args.compare_ar and i % 2:
+            plain.append(answer(pair, prompt, args, None, sampling))
+        answers.append(answer(pair, prompt, args, draft, sampling, f"\n> {message}\n" if i else f"> {message}\n"))
+        if args.compare_ar and not i % 2:
+            plain.append(answer(pair, prompt, args, None, sampling))
     summary = summarize(answers)
     print(f"\n{title}")
     show(summary, answers)
 
     report = contents(answers) | summary
     if args.compare_ar:
-        plain = [answer(pair, prompt, args, None, sampling) for prompt in prompts]
         report["ar"] = contents(plain) | summarize(plain)
         report["identical"] = compare(answers, plain)
-        print("\nplain decoding, by the same code")
-        show(report["ar"], plain)
-        if report["ar"]["rounds"]:
-            ratio = summary["tokens_per_second"] / report["ar"]["tokens_per_second"]
-            print(f"  {'tree' if args.draft == 'head' else 'lookup'} / plain   {ratio:.2f}x the tokens/s")
-        print(f"  tokens identical: {report['identical']}")
+        report["beside_ar"] = beside(answers, plain)
+        show_beside(report)
     if args.json:
         print(json.dumps(report))
 
@@ -140,14 +142,51 @@ def summarize(answers: list[Generation]) -> dict[str, Any]:
             "compile_seconds": sum(a.compile_seconds for a in answers)}
 
 
+def beside(answers: list[Generation], plain: list[Generation]) -> dict[str, Any] | None:
+    """Both ways prompt by prompt, each answered by one right after the other.
+
+    Returns:
+        {forwards_ratio: forwards of the target that plain decoding takes for one of ours, which no machine changes;
+        speed_ratio: median seconds a token of plain decoding over ours; ratios: the same of every prompt}. None where
+        no answer took a round.
+    """
+    pairs = [(a, b) for a, b in zip(answers, plain, strict=True) if a.rounds and b.rounds]
+    if not pairs:
+        return None
+    ours, theirs = ([seconds_a_token(way[i]) for way in pairs] for i in range(2))
+    return {"forwards_ratio": sum(b.rounds for _, b in pairs) / sum(a.rounds for a, _ in pairs),
+            "speed_ratio": statistics.median(theirs) / statistics.median(ours),
+            "ratios": [b / a for a, b in zip(ours, theirs, strict=True)]}
+
+
+def seconds_a_token(answer: Generation) -> float:
+    """Without the prompt, from which the first token comes."""
+    return (answer.seconds - answer.prompt_seconds) / (len(answer.token_ids) - 1)
+
+
+def show_beside(report: dict[str, Any]) -> None:
+    """Prints the comparison with plain decoding; first what does not depend on the machine."""
+    plain, found = report["ar"], report["beside_ar"]
+    print("\nbeside plain decoding by the same code, prompt by prompt")
+    print(f"  tokens         identical: {report['identical']}")
+    if found is None:
+        return
+    print(f"  forwards       {report['rounds']} of the target instead of {plain['rounds']}: "
+          f"{found['forwards_ratio']:.2f} times fewer, on any machine")
+    low, high = min(found["ratios"]), max(found["ratios"])
+    spread = f"; single prompts {low:.2f}x to {high:.2f}x" if len(found["ratios"]) > 1 else ""
+    print(f"  speed          {found['speed_ratio']:.2f}x that of plain decoding (medians of the prompts{spread}), "
+          "on this machine as busy as it was")
+
+
 def show(summary: dict[str, Any], answers: list[Generation]) -> None:
     """Prints the figures, and how often each accepted length occurred."""
     print(f"  tokens         {summary['tokens']} in {summary['rounds']} rounds, ended by "
           f"{', '.join(sorted({a.finish_reason for a in answers}))}")
+    print(f"  accepted       {summary['mean_accept_length']:.2f} tokens a forward of the target, the free one included")
     print(f"  speed          {summary['tokens_per_second']:.1f} tokens/s (apart from it: prompt "
           f"{summary['prompt_seconds']:.2f} s, compilation {summary['compile_seconds']:.1f} s)")
     lengths = Counter(n for a in answers for n in a.accept_lengths)
-    print(f"  accepted       {summary['mean_accept_length']:.2f} tokens a round on average, the free one included")
     if len(lengths) > 1 or max(lengths, default=1) > 1:
         for depth in range(1, max(lengths) + 1):
             share = lengths[depth] / sum(lengths.values())

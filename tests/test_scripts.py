@@ -13,10 +13,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from experiments.common import tree_from
-from experiments.decode import build_parser
+from experiments.decode import beside, build_parser
 from jetspec_jax import TreeConfig, checkpoint, load_pretrained, tiles
 from jetspec_jax.autoregressive import autoregressive_shapes
 from jetspec_jax.config import AutoregressiveHeadConfig
+from jetspec_jax.generate import Generation
 from jetspec_jax.head import head_shapes
 from jetspec_jax.target import target_shapes
 from tests.models import DATA, random_pair, random_params, tiny_head, tiny_target
@@ -50,7 +51,30 @@ def test_decode_on_the_default_pair_in_json():
     assert report["text"] in done.stdout.replace(lines[-1], "")  # it was streamed
     assert report["mean_accept_length"] > 1  # the shipped head drafts
     assert report["ar"]["token_ids"] == report["token_ids"]
-    assert "tokens identical: True" in done.stdout
+    assert "identical: True" in done.stdout
+    assert report["beside_ar"]["forwards_ratio"] == pytest.approx(7 / report["rounds"])
+    assert len(report["beside_ar"]["ratios"]) == 1
+
+
+def generation(tokens, rounds, seconds, prompt_seconds=1.0):
+    return Generation(None, list(range(tokens)), [1] * rounds, [1] * rounds, rounds, "length", seconds, prompt_seconds, 0)
+
+
+def test_the_comparison_takes_medians_over_prompts():
+    """Ours 1, 2 and 9 s a token, plain 2, 5 and 4: medians 2 and 4. One disturbed prompt does not decide."""
+    ours = [generation(11, 5, 11.0), generation(11, 4, 21.0), generation(6, 1, 46.0)]
+    plain = [generation(11, 10, 21.0), generation(11, 10, 51.0), generation(6, 5, 21.0)]
+    found = beside(ours, plain)
+    assert found["speed_ratio"] == pytest.approx(2.0)
+    assert found["ratios"] == pytest.approx([2.0, 2.5, 4 / 9])
+    assert found["forwards_ratio"] == pytest.approx(25 / 10)
+
+
+def test_answers_without_rounds_are_not_compared():
+    one = generation(1, 0, 1.0)
+    assert beside([one], [one]) is None
+    found = beside([one, generation(5, 2, 5.0)], [one, generation(5, 4, 9.0)])
+    assert (found["speed_ratio"], found["forwards_ratio"]) == (2.0, 2.0)
 
 
 def test_decode_on_a_recorded_pair():

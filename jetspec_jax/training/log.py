@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
-
 from jetspec_jax.errors import JetSpecError
 
 
@@ -20,6 +18,8 @@ class MetricsLog:
         partial = self.file.with_name(".metrics.jsonl")
         partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         partial.rename(self.file)
+        from tensorboardX import SummaryWriter  # needed for training alone
+
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def add(self, step: int, values: dict[str, float]) -> None:
