@@ -13,7 +13,8 @@ from tests.test_scripts import ROOT
     "jetspec_jax", "experiments.decode", "experiments.benchmark", "experiments.h100_bench",
     "experiments.h100_steps.correct", "jetspec_jax.training.trainer"])
 def test_imports(module):
-    code = f"import sys, {module}; print(*{{'tensorboardX', 'matplotlib', 'gguf', 'torch', 'triton'}} & set(sys.modules))"
+    unwanted = {'tensorboardX', 'matplotlib', 'gguf', 'torch', 'triton'}
+    code = f"import sys, {module}; print(*{unwanted} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
                           capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr

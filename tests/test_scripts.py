@@ -57,7 +57,8 @@ def test_decode_on_the_default_pair_in_json():
 
 
 def generation(tokens, rounds, seconds, prompt_seconds=1.0):
-    return Generation(None, list(range(tokens)), [1] * rounds, [1] * rounds, rounds, "length", seconds, prompt_seconds, 0)
+    ones = [1] * rounds
+    return Generation(None, list(range(tokens)), ones, ones, rounds, "length", seconds, prompt_seconds, 0)
 
 
 def test_the_comparison_takes_medians_over_prompts():

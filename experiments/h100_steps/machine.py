@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,7 +24,7 @@ def run(bench: Bench) -> None:
     """Writes machine.json."""
     bench.save("machine", {
         "device": jax.devices()[0].device_kind, "backend": jax.default_backend(), "python": sys.version.split()[0],
-        "system": platform.platform(), "processors": os.cpu_count(), "card": _card(),
+        "processors": os.cpu_count(), "card": _card(),
         "packages": {name: _version(name) for name in PACKAGES}, "rates": _rates(bench)})
 
 
