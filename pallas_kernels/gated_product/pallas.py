@@ -19,7 +19,7 @@ from pallas_kernels.gated_product import reference
 
 PROCESSORS = 132
 MAX_ROWS = 64  # beyond, XLA's product and gate are faster (docs/h100_measured.md)
-DEPTH = 64  # of one step over D
+DEPTH = 128  # bytes of a row of x in one step over D
 
 
 def choose_pieces(features: int) -> tuple[int, ...]:
@@ -47,16 +47,18 @@ def gated_product(x: Array, weight: Array, *, interpret: bool = False) -> Array:
         raise NotImplementedError(f"dtype {x.dtype}")
     if rows > MAX_ROWS:
         return reference.gated_product(x, weight)
-    depth = min(DEPTH, size & -size)  # the largest power of two that divides D
+    depth = min(DEPTH // x.dtype.itemsize, size & -size)  # the largest power of two that divides D
     if depth < 16:
         raise NotImplementedError(f"width {size}, which is not a multiple of 16")
     pieces = choose_pieces(features)
     block = max(16, pl.next_power_of_2(rows))
+    # Full float32 products have no tensor core: more threads share the numbers, or registers run out.
+    warps, stages = (8, 3) if x.dtype == jnp.float32 else (4, 4)
     whole = pl.BlockSpec(memory_space=pl.ANY)
     out = pl.pallas_call(
         partial(_kernel, block=block, depth=depth, pieces=pieces), grid=(features // sum(pieces),),
         in_specs=[whole] * 2, out_specs=whole, out_shape=jax.ShapeDtypeStruct((rows, features), x.dtype),
-        compiler_params=pltriton.CompilerParams(num_warps=8 if block > 64 else 4, num_stages=3 if block > 128 else 4),
+        compiler_params=pltriton.CompilerParams(num_warps=warps, num_stages=stages),
         interpret=interpret, name="gated_product")(x.reshape(rows, size), weight)
     return out.reshape(batch, queries, features)
 

@@ -41,8 +41,8 @@ def choose_config(batch: int, queries: int, heads: int, kv_heads: int, width: in
     Rows fill the 64 lines of a tensor-core product, where there are so many that such blocks fill the GPU by
     themselves; of fewer rows up to 128 go into a block, which then meets more keys alone. Keys are split until every
     multiprocessor has a block (two of 64 lines, which fit side by side), but into no more than pieces of 256 slots.
-    Full float32 products have no tensor core and keep all their numbers in registers: few rows and keys at a time, or
-    thousands of bytes a thread are spilled.
+    Full float32 products have no tensor core and keep all their numbers in registers: few rows and keys at a time, and
+    of wide heads no keys in advance, or thousands of bytes a thread are spilled.
 
     Args:
         itemsize: bytes of a number.
@@ -68,4 +68,5 @@ def choose_config(batch: int, queries: int, heads: int, kv_heads: int, width: in
     while blocks * splits * 2 <= PROCESSORS * (2 if many else 1) and slots // (splits * 2) >= 256:
         splits *= 2
     large = wide or nodes * group >= 128
-    return TreeAttentionConfig(nodes=nodes, keys=keys, splits=splits, warps=8 if large else 4, stages=2 if large else 3)
+    stages = 1 if wide and width > 64 else 2 if large else 3
+    return TreeAttentionConfig(nodes=nodes, keys=keys, splits=splits, warps=8 if large else 4, stages=stages)
