@@ -22,7 +22,7 @@ test: lint aot
 
 # The compiler for an H100 lives in its own environment: without a driver it complains whenever JAX starts.
 aot: $(PLAN)/.ready
-	$(PLAN)/bin/python -m pytest -m aot tests/test_h100_plan.py tests/test_triton.py
+	$(PLAN)/bin/python -m pytest -m aot tests/test_h100_plan.py tests/test_triton.py tests/test_kernel_limits.py
 
 # What depends most on the version of JAX, on the others that are supported.
 versions: $(JAX_VERSIONS:%=$(VENV)-%/.ready)

@@ -155,10 +155,13 @@ def test_the_heuristic_keeps_an_h100_busy():
 
 
 def test_float32_keeps_few_numbers_in_registers():
-    """Queries of a block, at most 2048 of them or 16 lines (the least of a product), and 32 keys at a time."""
-    for width, lines in ((64, 32), (128, 16), (256, 16)):
+    """Queries of a block, at most 2048 of them or 16 lines (the least of a product), and 32 keys at a time.
+
+    Of wide heads none are loaded in advance. (tests/test_kernel_limits.py asks the compiler.)
+    """
+    for width, lines, stages in ((64, 32, 2), (128, 16, 1), (256, 16, 1)):
         config = choose_config(1, 256, 8, 8, width, 4096, itemsize=4)
-        assert (config.nodes, config.keys, config.warps) == (lines, 32, 8)
+        assert (config.nodes, config.keys, config.warps, config.stages) == (lines, 32, 8, stages)
 
 
 @pytest.mark.parametrize(("width", "slots", "reason"), [(96, 64, "head dimension 96"), (64, 40, "40 cache slots")])

@@ -1,7 +1,7 @@
 """Step `correct`: every kernel at the sizes of real models against its reference, on fresh random numbers.
 
-Floats are compared as a whole, by relative L2 distance from the reference on float32 copies: single elements of
-bfloat16 miss any useful bound by rounding alone. A kernel runs twice, each time into memory full of poison.
+Floats are compared as a whole, by relative L2 distance from the reference on float32 copies, and loosely one by one:
+one wrong number in a million is not in the distance. A kernel runs twice, each time into memory full of poison.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pallas_kernels.gated_product.pallas import MAX_ROWS
 
 TOLERANCE = {"bfloat16": 2e-2, "float32": 1e-4}  # of the relative L2 distance; products of TF32 would show
 THREADS = 4
+WORST = 3  # times that may one number be off, beside itself and the root mean square of all (a fifth is rounding)
 POISON = 0x7FFFFFF1  # in integers; floats get NaN
 
 
@@ -75,14 +76,15 @@ def run(bench: Bench) -> None:
             rows.append(row)
             bench.save("correct", rows)
             told = row.get("error", row.get("outputs"))
-            print(f"  {'ok    ' if row['passed'] else 'FAILED'} {row['name']}: {told}"[:700], flush=True)
+            state = "ok    " if row["passed"] else f"FAILED with seed {row['seed']}:"
+            print(f"  {state} {row['name']}: {told}"[:700], flush=True)
     bad = [row["name"] for row in rows if not row["passed"]]
     if bad:
         raise AssertionError(f"{len(bad)} of {len(rows)} kernels are wrong: {', '.join(bad)}")
 
 
 def check(case: Case, seed: int, backend: KernelBackend) -> dict[str, Any]:
-    """Runs a case: {name, seed, passed, and outputs or error}."""
+    """Runs a case: {name, seed, passed, and outputs with how many of them lay over poison, or error}."""
     row: dict[str, Any] = {"name": case.name, "seed": seed, "passed": False}
     try:
         with jax.enable_x64(True) if case.x64 else nullcontext(), jax.numpy_rank_promotion("allow"):
@@ -106,8 +108,7 @@ def widened(x: Array) -> Array:
 def over_poison(kernel: Callable[..., Any]) -> Callable[[list[Array]], tuple[Any, int]]:
     """A function of the operands: (results, how many of them lie where poison was).
 
-    The outputs are given the poison's own memory. Memory that is merely freed goes to another thread's case as often,
-    or to the program's own scratch.
+    The outputs get the poison's own memory; what is merely freed goes to other threads and to scratch as often.
     """
     program = jax.jit(lambda poison, *operands: kernel(*operands), donate_argnums=0, keep_unused=True)
 
@@ -131,9 +132,11 @@ def compared(found: np.ndarray, again: np.ndarray, wanted: np.ndarray, case: Cas
         return {"differ": differ, "of": wanted.size, "same_again": same,
                 "passed": same and differ <= case.misses * wanted.size}
     f, w = found.astype(np.float64), wanted.astype(np.float64)
-    distance = float(np.linalg.norm(f - w)) / max(float(np.linalg.norm(w)), 1e-30)
-    return {"relative": distance, "nan": int(np.isnan(f).sum()), "largest": float(np.abs(f - w).max()),
-            "same_again": same, "passed": same and bool(distance < case.tolerance)}  # NaN is below nothing
+    off, size = np.abs(f - w), max(float(np.linalg.norm(w)), 1e-30)
+    distance, worst = float(np.linalg.norm(off)) / size, float((off / (np.abs(w) + size / w.size**0.5)).max())
+    near = bool(distance < case.tolerance and worst < WORST * case.tolerance)  # NaN is below nothing
+    return {"relative": distance, "worst": worst, "nan": int(np.isnan(f).sum()), "largest": float(off.max()),
+            "same_again": same, "passed": same and near}
 
 
 def cases(tiny: bool) -> list[Case]:
@@ -154,15 +157,13 @@ def all_cases(dense: TargetConfig, experts: TargetConfig, small: TargetConfig, c
 
     Args:
         small: in float32.
-        counts: rows of the dense model, the most first, which the small one does without.
-        few: rows of the experts.
+        counts, few: rows of the dense model (the small one does without the first, the most); of the experts.
         prefixes: cache slots, and how many are committed.
         nodes: of trees.
     """
     found = [*attention_cases(dense, counts, prefixes), *attention_cases(small, counts[1:], prefixes[:1])]
-    for target, rows in ((dense, counts), (small, counts[1:])):
-        for n in rows:
-            found += layer_cases(target, n)
+    for target, n in (*((dense, n) for n in counts), *((small, n) for n in counts[1:])):
+        found += layer_cases(target, n)
     found += [*draft_cases(dense), *tree_cases(dense, nodes), *expert_cases(experts, few)]
     # Once more with 64-bit types: the first case of every kernel.
     first = {case.name.split()[0]: case for case in reversed(found)}
@@ -170,9 +171,7 @@ def all_cases(dense: TargetConfig, experts: TargetConfig, small: TargetConfig, c
 
 
 def normals(target: TargetConfig) -> Callable[..., Array]:
-    def draw(d: Draw, *shape: int, scale: float = 1.0) -> Array:
-        return d.normal(shape, target.jnp_dtype, scale)
-    return draw
+    return lambda d, *shape, scale=1.0: d.normal(shape, target.jnp_dtype, scale)
 
 
 def attention_cases(target: TargetConfig, counts: tuple[int, ...],

@@ -134,8 +134,11 @@ def _kernel(
     first = jnp.minimum(split * share, steps)
     carry = lax.fori_loop(first, jnp.minimum(first + share, steps), committed, carry)
     # The last split has the smallest share of committed keys and takes the new ones.
-    last = lax.convert_element_type(split == config.splits - 1, jnp.int32)
-    total, norm, peak = lax.fori_loop(jnp.int32(0), last * jnp.int32(words), fresh, carry)
+    last = split == config.splits - 1
+    if q.dtype == jnp.float32:  # a loop known to run once would be merged with the one before, and spill registers
+        last = last & (cached >= 0)
+    words_here = lax.convert_element_type(last, jnp.int32) * jnp.int32(words)
+    total, norm, peak = lax.fori_loop(jnp.int32(0), words_here, fresh, carry)
     if config.splits == 1:
         out_refs[0][here] = _finish(total, norm, stored, nodes, group, out_refs[0].dtype)
     else:
