@@ -8,6 +8,11 @@
 
 With --json the last line is one JSON object. For one prompt, `text`, `token_ids` and `accept_lengths` are its own; for
 several they are lists with one entry per prompt, while `rounds`, `tokens_per_second` and `identical` cover all.
+
+With --compare-ar every prompt is answered both ways, one right after the other. What no machine changes is told first:
+whether the tokens are identical, and how many forwards of the target each way took. The ratio of the speeds is the
+median over the prompts of (seconds a token of plain decoding / ours); in the JSON object `ar` holds plain decoding,
+`beside_ar` the ratios (see `beside`).
 """
 
 from __future__ import annotations
@@ -17,6 +22,8 @@ import json
 import statistics
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +38,12 @@ from experiments.common import (
     tree_from,
 )
 from jetspec_jax import JetSpecError, Pair, PromptLookup, SamplingParams
-from jetspec_jax.generate import Draft, Generation, default_tree, stream
+from jetspec_jax.generate import Draft, Generation, StreamChunk, default_tree, stream
 
 PROMPTS = ("Explain in a few sentences why the sky is blue.",
            "A train travels 60 miles in 1.5 hours. What is its average speed? Think step by step.",
            "Write a Python function that returns the n-th Fibonacci number.")
+BUSY = 1.25  # of the dearest round over the cheapest; in processor time the three prompts stay within 1.1 on a CPU
 
 
 def main() -> None:
@@ -51,15 +59,7 @@ def main() -> None:
         raise JetSpecError("--system is part of the chat template: it cannot go with --no-chat-template")
     pair = load(args, mesh_from(args), drafts=args.draft == "head")
     title, draft = draft_from(args, pair)
-    prompts = [as_prompt(pair, message, args) for message in messages]
-    answers, plain = [], []
-    for i, (message, prompt) in enumerate(zip(messages, prompts, strict=True)):
-        # In turns, so that other work on the machine disturbs both ways alike, and neither always goes first.
-        if args.compare_ar and i % 2:
-            plain.append(answer(pair, prompt, args, None, sampling))
-        answers.append(answer(pair, prompt, args, draft, sampling, f"\n> {message}\n" if i else f"> {message}\n"))
-        if args.compare_ar and not i % 2:
-            plain.append(answer(pair, prompt, args, None, sampling))
+    answers, plain = answer_all(pair, messages, args, draft, sampling)
     summary = summarize(answers)
     print(f"\n{title}")
     show(summary, answers)
@@ -69,7 +69,9 @@ def main() -> None:
         report["ar"] = contents(plain) | summarize(plain)
         report["identical"] = compare(answers, plain)
         report["beside_ar"] = beside(answers, plain)
-        show_beside(report)
+        show_beside(report, "tree" if args.draft == "head" else args.draft)
+    else:
+        show_speed("speed", summary)
     if args.json:
         print(json.dumps(report))
 
@@ -109,19 +111,47 @@ def as_prompt(pair: Pair, message: str, args: argparse.Namespace) -> str | list[
     return message if args.no_chat_template else pair.chat(message, args.system)
 
 
+def answer_all(pair: Pair, messages: list[str], args: argparse.Namespace, draft: Draft | None,
+               sampling: SamplingParams) -> tuple[list[Generation], list[Generation]]:
+    """(the answers, streamed; those of plain decoding, where they are to be compared).
+
+    In turns, so that other work on the machine disturbs both ways alike, and neither always goes first.
+    """
+    answers: list[Generation] = []
+    plain: list[Generation] = []
+    for i, (message, prompt) in enumerate(zip(messages, [as_prompt(pair, m, args) for m in messages], strict=True)):
+        warm_up = args.compare_ar and i == 0
+        if args.compare_ar and i % 2:
+            plain.append(answer(pair, prompt, args, None, sampling))
+        heading = f"\n> {message}\n" if i else f"> {message}\n"
+        answers.append(answer(pair, prompt, args, draft, sampling, heading, warm_up))
+        if args.compare_ar and not i % 2:
+            plain.append(answer(pair, prompt, args, None, sampling, warm_up=warm_up))
+    return answers, plain
+
+
 def answer(pair: Pair, prompt: str | list[int], args: argparse.Namespace, draft: Draft | None, sampling: SamplingParams,
-           heading: str | None = None) -> Generation:
-    """Decodes one prompt; with a heading, the text is streamed to standard output below it."""
+           heading: str | None = None, warm_up: bool = False) -> Generation:
+    """Decodes one prompt; with a heading, the text is streamed to standard output below it.
+
+    `warm_up` decodes the first few rounds twice: the first ones of a process wait for memory that it never touched.
+    """
     if heading is not None:
-        print(heading)
-    for chunk in stream(pair, prompt, max_new_tokens=args.max_new_tokens, tree=draft, sampling=sampling,
-                        seed=args.seed):
+        print(heading, flush=True)
+    compiled_before = pair.programs.compile_seconds
+
+    def chunks() -> Iterator[StreamChunk]:
+        return stream(pair, prompt, max_new_tokens=args.max_new_tokens, tree=draft, sampling=sampling, seed=args.seed)
+
+    if warm_up:
+        next(chunks())
+    for chunk in chunks():
         if heading is not None:
             print(chunk.text if pair.tokenizer else " ".join(map(str, ["", *chunk.token_ids])), end="", flush=True)
     if heading is not None:
         print()
     assert chunk.result is not None  # the last chunk carries the result
-    return chunk.result
+    return replace(chunk.result, compile_seconds=pair.programs.compile_seconds - compiled_before)
 
 
 def contents(answers: list[Generation]) -> dict[str, Any]:
@@ -135,7 +165,7 @@ def summarize(answers: list[Generation]) -> dict[str, Any]:
     """The figures of one way of decoding. The first token of an answer comes from its prompt, not from a round."""
     tokens, rounds = sum(len(a.token_ids) for a in answers), sum(a.rounds for a in answers)
     accepted = [n for a in answers for n in a.accept_lengths]
-    seconds = sum(a.seconds - a.prompt_seconds for a in answers)
+    seconds = sum(decode_seconds(a) for a in answers)
     return {"tokens": tokens, "rounds": rounds, "mean_accept_length": sum(accepted) / max(rounds, 1),
             "tokens_per_second": (tokens - len(answers)) / seconds if rounds else 0.0, "decode_seconds": seconds,
             "prompt_seconds": sum(a.prompt_seconds for a in answers),
@@ -146,46 +176,63 @@ def beside(answers: list[Generation], plain: list[Generation]) -> dict[str, Any]
     """Both ways prompt by prompt, each answered by one right after the other.
 
     Returns:
-        {forwards_ratio: forwards of the target that plain decoding takes for one of ours, which no machine changes;
-        speed_ratio: median seconds a token of plain decoding over ours; ratios: the same of every prompt}. None where
-        no answer took a round.
+        forwards_ratio: forwards of the target (rounds) that plain decoding takes for one of ours, over all prompts; no
+            machine changes it.
+        speed_ratios: of every prompt, seconds a token of plain decoding over ours.
+        speed_ratio: their median, which one disturbed prompt does not decide.
+        round_costs: of every prompt, seconds a round of ours over plain decoding's. Unlike the speeds they do not
+            depend on how much was accepted: where they scatter, other work disturbed the timing.
+        None where no answer took a round.
     """
     pairs = [(a, b) for a, b in zip(answers, plain, strict=True) if a.rounds and b.rounds]
     if not pairs:
         return None
-    ours, theirs = ([seconds_a_token(way[i]) for way in pairs] for i in range(2))
+    ratios = [seconds_a_token(b) / seconds_a_token(a) for a, b in pairs]
+    costs = [decode_seconds(a) / a.rounds / (decode_seconds(b) / b.rounds) for a, b in pairs]
     return {"forwards_ratio": sum(b.rounds for _, b in pairs) / sum(a.rounds for a, _ in pairs),
-            "speed_ratio": statistics.median(theirs) / statistics.median(ours),
-            "ratios": [b / a for a, b in zip(ours, theirs, strict=True)]}
+            "speed_ratio": statistics.median(ratios), "speed_ratios": ratios, "round_costs": costs}
+
+
+def decode_seconds(answer: Generation) -> float:
+    """Without the prompt."""
+    return answer.seconds - answer.prompt_seconds
 
 
 def seconds_a_token(answer: Generation) -> float:
     """Without the prompt, from which the first token comes."""
-    return (answer.seconds - answer.prompt_seconds) / (len(answer.token_ids) - 1)
+    return decode_seconds(answer) / (len(answer.token_ids) - 1)
 
 
-def show_beside(report: dict[str, Any]) -> None:
+def show_beside(report: dict[str, Any], name: str) -> None:
     """Prints the comparison with plain decoding; first what does not depend on the machine."""
     plain, found = report["ar"], report["beside_ar"]
-    print("\nbeside plain decoding by the same code, prompt by prompt")
+    print("\nbeside plain decoding by the same code, however fast the machine")
     print(f"  tokens         identical: {report['identical']}")
     if found is None:
         return
-    print(f"  forwards       {report['rounds']} of the target instead of {plain['rounds']}: "
-          f"{found['forwards_ratio']:.2f} times fewer, on any machine")
-    low, high = min(found["ratios"]), max(found["ratios"])
-    spread = f"; single prompts {low:.2f}x to {high:.2f}x" if len(found["ratios"]) > 1 else ""
-    print(f"  speed          {found['speed_ratio']:.2f}x that of plain decoding (medians of the prompts{spread}), "
-          "on this machine as busy as it was")
+    print(f"  forwards       {report['rounds']} of the target instead of {plain['rounds']}, which add one token each: "
+          f"{found['forwards_ratio']:.2f} times fewer")
+    print("\nin turns with plain decoding, on this machine as busy as it was")
+    show_speed(name, report)
+    show_speed("plain", plain)
+    ratios, costs = found["speed_ratios"], found["round_costs"]
+    print(f"  ratio          {found['speed_ratio']:.2f}x: median over the prompts of seconds a token, plain / {name} "
+          f"(lowest {min(ratios):.2f}x, highest {max(ratios):.2f}x)")
+    if max(costs) > BUSY * min(costs):
+        print(f"  busy           rounds took {min(costs):.2f} to {max(costs):.2f} plain ones, which should hardly "
+              "differ: other work ran")
+
+
+def show_speed(name: str, summary: dict[str, Any]) -> None:
+    print(f"  {name:14s} {summary['tokens_per_second']:.1f} tokens/s (apart from it: prompt "
+          f"{summary['prompt_seconds']:.2f} s, compilation {summary['compile_seconds']:.1f} s)")
 
 
 def show(summary: dict[str, Any], answers: list[Generation]) -> None:
-    """Prints the figures, and how often each accepted length occurred."""
+    """Prints what no machine changes, and how often each accepted length occurred."""
     print(f"  tokens         {summary['tokens']} in {summary['rounds']} rounds, ended by "
           f"{', '.join(sorted({a.finish_reason for a in answers}))}")
     print(f"  accepted       {summary['mean_accept_length']:.2f} tokens a forward of the target, the free one included")
-    print(f"  speed          {summary['tokens_per_second']:.1f} tokens/s (apart from it: prompt "
-          f"{summary['prompt_seconds']:.2f} s, compilation {summary['compile_seconds']:.1f} s)")
     lengths = Counter(n for a in answers for n in a.accept_lengths)
     if len(lengths) > 1 or max(lengths, default=1) > 1:
         for depth in range(1, max(lengths) + 1):

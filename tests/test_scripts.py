@@ -6,18 +6,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from experiments import decode as decode_script
 from experiments.common import tree_from
-from experiments.decode import beside, build_parser
-from jetspec_jax import TreeConfig, checkpoint, load_pretrained, tiles
+from experiments.decode import answer_all, beside, build_parser, show_beside
+from jetspec_jax import SamplingParams, TreeConfig, checkpoint, load_pretrained, tiles
 from jetspec_jax.autoregressive import autoregressive_shapes
 from jetspec_jax.config import AutoregressiveHeadConfig
-from jetspec_jax.generate import Generation
+from jetspec_jax.generate import Generation, StreamChunk
 from jetspec_jax.head import head_shapes
 from jetspec_jax.target import target_shapes
 from tests.models import DATA, random_pair, random_params, tiny_head, tiny_target
@@ -53,7 +55,7 @@ def test_decode_on_the_default_pair_in_json():
     assert report["ar"]["token_ids"] == report["token_ids"]
     assert "identical: True" in done.stdout
     assert report["beside_ar"]["forwards_ratio"] == pytest.approx(7 / report["rounds"])
-    assert len(report["beside_ar"]["ratios"]) == 1
+    assert report["beside_ar"]["speed_ratios"] == [report["beside_ar"]["speed_ratio"]]
 
 
 def generation(tokens, rounds, seconds, prompt_seconds=1.0):
@@ -61,21 +63,66 @@ def generation(tokens, rounds, seconds, prompt_seconds=1.0):
     return Generation(None, list(range(tokens)), ones, ones, rounds, "length", seconds, prompt_seconds, 0)
 
 
-def test_the_comparison_takes_medians_over_prompts():
-    """Ours 1, 2 and 9 s a token, plain 2, 5 and 4: medians 2 and 4. One disturbed prompt does not decide."""
-    ours = [generation(11, 5, 11.0), generation(11, 4, 21.0), generation(6, 1, 46.0)]
-    plain = [generation(11, 10, 21.0), generation(11, 10, 51.0), generation(6, 5, 21.0)]
+def test_the_comparison_takes_the_median_of_the_prompts_ratios():
+    """Ours 1, 2 and 9 s a token, plain 3, 5 and 4; a round 2, 5 and 22.5 s, plain 3, 5 and 4. One disturbed prompt does
+    not decide, as it would over all tokens (100 s / 75 s); nor are prompts mixed, as by the medians (4 s / 2 s)."""
+    ours = [generation(11, 5, 11.0), generation(11, 4, 21.0), generation(6, 2, 46.0)]
+    plain = [generation(11, 10, 31.0), generation(11, 10, 51.0), generation(6, 5, 21.0)]
     found = beside(ours, plain)
-    assert found["speed_ratio"] == pytest.approx(2.0)
-    assert found["ratios"] == pytest.approx([2.0, 2.5, 4 / 9])
-    assert found["forwards_ratio"] == pytest.approx(25 / 10)
+    assert found["speed_ratios"] == pytest.approx([3.0, 2.5, 4 / 9])
+    assert found["speed_ratio"] == pytest.approx(2.5)
+    assert found["round_costs"] == pytest.approx([2 / 3, 1.0, 5.625])
+    assert found["forwards_ratio"] == pytest.approx(25 / 11)
 
 
 def test_answers_without_rounds_are_not_compared():
     one = generation(1, 0, 1.0)
     assert beside([one], [one]) is None
     found = beside([one, generation(5, 2, 5.0)], [one, generation(5, 4, 9.0)])
-    assert (found["speed_ratio"], found["forwards_ratio"]) == (2.0, 2.0)
+    assert (found["speed_ratio"], found["forwards_ratio"], found["speed_ratios"]) == (2.0, 2.0, [2.0])
+
+
+@pytest.mark.parametrize(("seconds", "busy"), [(20.0, False), (24.0, False), (26.0, True), (15.0, True)])
+def test_what_the_machine_changes_is_told_last_and_that_it_was_busy(seconds, busy, capsys):
+    """Rounds cost 1 and `seconds` / 20 plain ones: 26 s and 15 s are more than a quarter apart from 20 s."""
+    ours = [generation(11, 5, 11.0), generation(11, 5, 1 + seconds / 2)]
+    plain = [generation(11, 10, 21.0), generation(11, 10, 21.0)]
+    report = decode_script.summarize(ours) | {"ar": decode_script.summarize(plain), "identical": True,
+                                              "beside_ar": beside(ours, plain)}
+    show_beside(report, "tree")
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert names == ["tokens", "forwards", "tree", "plain", "ratio"] + ["busy"] * busy
+    assert "10 of the target instead of 20" in lines[3] and "2.00 times fewer" in lines[3]
+    assert f"lowest {min(2, 40 / seconds):.2f}x, highest {max(2, 40 / seconds):.2f}x" in "".join(lines)
+
+
+def answers_of_a_fake(monkeypatch, compare):
+    """(drafts in the order in which they were decoded, answers, plain answers); a first turn compiles for 4 s."""
+    pair, turns = SimpleNamespace(tokenizer=None, programs=SimpleNamespace(compile_seconds=0.0)), []
+
+    def fake(pair, prompt, *, tree, **options):
+        pair.programs.compile_seconds += 4.0 * (tree not in turns)
+        turns.append(tree)
+        for result in (None, generation(3, 2, 3.0)):
+            yield StreamChunk(0, "", prompt, [1], result)
+
+    monkeypatch.setattr(decode_script, "stream", fake)
+    args = build_parser().parse_args(["--compare-ar"] * compare)
+    return turns, *answer_all(pair, ["7", "8", "9"], args, "tree", SamplingParams())
+
+
+def test_both_ways_take_turns_after_a_warm_up(monkeypatch, capsys):
+    """The first turn of each way comes twice and pays compilation; neither way always goes first; ours is streamed."""
+    turns, answers, plain = answers_of_a_fake(monkeypatch, compare=True)
+    assert turns == ["tree", "tree", None, None, None, "tree", "tree", None]
+    assert [a.compile_seconds for a in answers] == [a.compile_seconds for a in plain] == [4.0, 0.0, 0.0]
+    assert capsys.readouterr().out == "> 7\n\n 7 7\n\n> 8\n\n 8 8\n\n> 9\n\n 9 9\n"
+
+
+def test_without_a_comparison_nothing_is_decoded_twice(monkeypatch):
+    turns, answers, plain = answers_of_a_fake(monkeypatch, compare=False)
+    assert (turns, len(answers), plain) == (["tree"] * 3, 3, [])
 
 
 def test_decode_on_a_recorded_pair():
