@@ -37,9 +37,10 @@ $(VENV)-%/.ready: pyproject.toml
 	$(VENV)-$*/bin/python -m pip install --quiet jax==$* jax-cuda13-plugin==$* -e '.[test,plan]'
 	touch $@
 
-# On a machine with an H100, whose Python has JAX and Flax; nothing is installed. ARGS=--tiny checks it anywhere.
+# On a machine with an H100, whose Python has JAX, Flax and transformers; nothing is installed. ARGS=--tiny checks it
+# anywhere. PYTHON=.venv/bin/python takes the environment of make demo EXTRAS=gpu.
 gpu:
-	$(PYTHON) experiments/h100_bench.py --out runs/h100 --all $(ARGS)
+	$(PYTHON) experiments/h100_bench.py --out runs/h100$(findstring -tiny,$(ARGS)) --all $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -29,15 +29,15 @@ from experiments.h100_steps.report import as_markdown
 from jetspec_jax import JetSpecError
 
 ROOT = Path(__file__).resolve().parents[1]
+DAY = 1440
 
 
 def main() -> None:
     args = build_parser().parse_args()
     steps = [name for name in LIMITS if args.all or name in args.steps]
-    if args.weights is not None and not args.weights.exists():
-        raise JetSpecError(f"--weights {args.weights} does not exist: name the folder or GGUF file of the small target")
-    if args.minutes <= 0:
-        raise JetSpecError(f"--minutes must be above 0, not {args.minutes}")
+    if not 0 < args.minutes <= DAY:
+        raise JetSpecError(f"--minutes must be above 0 and at most {DAY}, not {args.minutes}")
+    check_weights(args.weights)
     if not args.tiny:
         require_gpu()
     check_output(args.out)
@@ -55,8 +55,9 @@ def run_steps(steps: list[str], args: argparse.Namespace, log: IO[str]) -> None:
     """Runs the steps in few processes; one that ended badly is left out, or tried once more with the host's loop."""
     deadline = time.monotonic() + 60 * args.minutes
     waiting, host_loop = list(steps), args.host_loop
-    for name in steps:
+    for name in steps:  # what an earlier run found is not this one's
         Ledger(args.out).write(name, state="not reached")
+        (args.out / f"{name}.json").unlink(missing_ok=True)
     while waiting and time.monotonic() < deadline:
         size = 1 if waiting[0] in ALONE else next((i for i, name in enumerate(waiting) if name in ALONE), len(waiting))
         log_start = log.tell()
@@ -68,7 +69,7 @@ def run_steps(steps: list[str], args: argparse.Namespace, log: IO[str]) -> None:
         if not size or not waiting:
             continue
         name, row = waiting[0], ledger.rows[waiting[0]]
-        if row["state"] == "running":  # the process is gone
+        if row["state"] in ("running", "not reached"):  # the process is gone
             tail = (args.out / "log.txt").read_bytes()[log_start:].decode(errors="replace")[-6000:]
             cut = "Timeout (" in tail or time.monotonic() >= deadline
             ledger.write(name, **row | {"state": "died", "error": "cut off" if cut else "crash", "message": tail})
@@ -95,11 +96,31 @@ def run_process(steps: list[str], args: argparse.Namespace, host_loop: bool, dea
         end = threading.Timer(max(1.0, deadline - time.monotonic()), process.kill)
         end.start()
         assert process.stdout is not None
-        for line in process.stdout:
-            log.write(line)
-            log.flush()
-            print(line, end="", flush=True)
-        end.cancel()
+        try:
+            for line in process.stdout:
+                log.write(line)
+                log.flush()
+                print(line, end="", flush=True)
+        finally:  # also where the user has had enough
+            end.cancel()
+            process.kill()
+
+
+def check_weights(weights: Path | None) -> None:
+    """Raises JetSpecError for --weights that cannot be the small target; tensors are checked where they are read."""
+    if weights is None:
+        return
+    if not weights.exists():
+        raise JetSpecError(f"--weights {weights} does not exist: name the folder or GGUF file of the small target")
+    if weights.is_dir() and not any((weights / name).exists() for name in ("jetspec.json", "config.json")):
+        files = sorted(weights.glob("*.gguf"))
+        if len(files) != 1:
+            raise JetSpecError(f"--weights {weights} holds {len(files)} GGUF files and no model's config: name a "
+                               "file, or a folder with one")
+    if weights.is_file():
+        with weights.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise JetSpecError(f"--weights {weights} is no GGUF file")
 
 
 def require_gpu() -> None:

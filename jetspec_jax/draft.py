@@ -127,8 +127,8 @@ ROWS_ON_GPU = 8
 
 
 def plain_nodes(batch: int, on_gpu: bool) -> int:
-    """Node slots that plain decoding of `batch` sequences pads its trees to."""
-    return max(1, ROWS_ON_GPU // batch) if on_gpu else 1
+    """Node slots that plain decoding of `batch` sequences pads its trees to: so many that there are eight rows."""
+    return -(-ROWS_ON_GPU // max(batch, 1)) if on_gpu else 1
 
 
 @dataclass(frozen=True)

@@ -192,7 +192,7 @@ def _run(pair: Pair, prompts: list[Prompt], max_new_tokens: int, batch_size: int
                            "choose one that is")
     rows = min(batch_size or DEFAULT_BATCH * groups, len(requests))
     rows = -(-rows // groups) * groups
-    decoder = Decoder(share.target_config, drafter_of(share, tree, max(rows // groups, 1)), groups)
+    decoder = Decoder(share.target_config, drafter_of(share, tree, rows // groups), groups)
     run = Run(pair, decoder, Sampler.create(sampling, shards), eos, seed, max_new_tokens)
     return run.steps(requests, rows, rounds_per_chunk)
 

@@ -63,6 +63,7 @@ WRONG = {
     "another result in every run": lambda x: jax.pure_callback(coin, jax.ShapeDtypeStruct(x.shape, x.dtype), x),
     "one row too many": lambda x: jnp.concatenate([doubled(x), x[:1]]),
     "an output too many": lambda x: (doubled(x), x),
+    "another dtype": lambda x: doubled(x).astype(jnp.float16),
     "everything slightly off": lambda x: doubled(x) * jnp.asarray(1.03, x.dtype),
 }
 

@@ -12,9 +12,11 @@ import pytest
 from jetspec_jax import JetSpecError, PromptLookup, SamplingParams, TreeConfig
 from jetspec_jax.autoregressive import AutoregressiveDrafter, autoregressive_shapes
 from jetspec_jax.config import AutoregressiveHeadConfig
-from jetspec_jax.draft import HeadDrafter, Params
-from jetspec_jax.generate import generate
+from jetspec_jax.decode import Decoder
+from jetspec_jax.draft import HeadDrafter, NoDrafter, Params, plain_nodes
+from jetspec_jax.generate import Run, generate, read_requests
 from jetspec_jax.lookup import LookupDrafter
+from jetspec_jax.sampling import Sampler
 from jetspec_jax.training.batches import Batches
 from jetspec_jax.training.evaluate import accepted_on
 from tests.models import PROGRAMS, random_pair, random_params, tiny_head, tiny_target
@@ -165,3 +167,24 @@ def test_a_trained_autoregressive_head_is_saved_and_loaded(tmp_path):
     config, params = checkpoint.load(tmp_path / "head")
     assert config == pair.head_config
     jax.tree.map(np.testing.assert_array_equal, params, pair.params.head)
+
+
+@pytest.mark.parametrize(("batch", "slots"), [(0, 8), (1, 8), (2, 4), (3, 3), (5, 2), (8, 1), (32, 1)])
+def test_plain_decoding_has_eight_rows_on_a_gpu(batch, slots):
+    assert plain_nodes(batch, on_gpu=True) == slots
+    assert plain_nodes(batch, on_gpu=False) == 1
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(0.9, top_k=5)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_unused_node_slots_of_plain_decoding_change_nothing(batch, sampling):
+    pair, prompts = random_pair(3), [[1, 2, 3], [4, 5], [6]]
+    found = []
+    for nodes in (1, 8):
+        decoder = Decoder(pair.target_config, NoDrafter(nodes=nodes))
+        run = Run(pair, decoder, Sampler.create(sampling), (), 0, 9)
+        chunks = run.steps(read_requests(pair, prompts, 9), batch, None)
+        results = {chunk.index: chunk.result for chunk in chunks if chunk.result}
+        found.append([(results[i].token_ids, results[i].accept_lengths, results[i].tree_sizes) for i in range(3)])
+    assert found[0] == found[1]
+    assert all(sizes == [1] * 8 for _, _, sizes in found[1])

@@ -7,10 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,6 +17,7 @@ from experiments import h100_bench
 from experiments.h100_steps import launches, loops, report, rows
 from experiments.h100_steps.bench import Bench
 from experiments.h100_steps.ledger import LIMITS, Ledger
+from jetspec_jax import JetSpecError
 from tests.test_scripts import ROOT, run
 
 BENCH = "experiments/h100_bench.py"
@@ -64,6 +63,8 @@ def drive(tmp_path, monkeypatch, ends, steps, minutes=9.0):
         for name in names:
             seen.append((name, host_loop))
             state, error = ends[name].pop(0) if ends.get(name) else ("done", None)
+            if state == "not reached":  # it was gone before it said anything
+                return
             log.write(f"== {name}\n{error}\n")
             log.flush()
             Ledger(tmp_path).write(name, state=state, host_loop=host_loop, **({"error": error} if error else {}))
@@ -108,6 +109,31 @@ def test_a_process_that_is_gone_leaves_its_last_words(tmp_path, monkeypatch):
     assert "== rounds" in row["message"]
 
 
+def test_a_process_that_says_nothing_costs_one_step(tmp_path, monkeypatch):
+    seen, states = drive(tmp_path, monkeypatch, {"correct": [("not reached", None)]}, ["correct", "trees"])
+    assert seen == [("correct", False), ("trees", False)]
+    assert states == {"correct": "died", "trees": "done"}
+
+
+def test_what_an_earlier_run_found_does_not_pass_as_new(tmp_path, monkeypatch):
+    Bench(tmp_path).save("rounds", [])
+    Bench(tmp_path).save("trees", [])
+    drive(tmp_path, monkeypatch, {}, ["rounds"])
+    assert not (tmp_path / "rounds.json").exists()
+    assert (tmp_path / "trees.json").exists()
+
+
+def test_an_interrupted_run_ends_at_once(tmp_path):
+    """The terminal sends Ctrl-C to the whole group; the clock of --minutes does not keep the process alive."""
+    command = [sys.executable, BENCH, "--out", str(tmp_path), "--tiny", "--steps", "rounds", "batch"]
+    with subprocess.Popen(command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, stdout=subprocess.PIPE, text=True,
+                          stderr=subprocess.PIPE, start_new_session=True) as process:
+        while "== rounds" not in process.stdout.readline():
+            pass
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+
+
 def test_when_time_is_up_nothing_more_begins(tmp_path, monkeypatch):
     seen, states = drive(tmp_path, monkeypatch, {}, ["machine", "rounds"], minutes=0.0)
     assert (seen, states) == ([], {"machine": "not reached", "rounds": "not reached"})
@@ -116,7 +142,10 @@ def test_when_time_is_up_nothing_more_begins(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("arguments", "told"), [
     ((), "one of the arguments --all --steps"), (("--steps", "nothing"), "invalid choice"),
     (("--all", "--tiny", "--weights", "missing"), "--weights missing"),
-    (("--all", "--tiny", "--minutes", "0"), "--minutes"), (("--all",), "no NVIDIA GPU")])
+    (("--all", "--tiny", "--weights", "README.md"), "README.md is no GGUF file"),
+    (("--all", "--tiny", "--weights", "docs"), "docs holds 0 GGUF files"),
+    (("--all", "--tiny", "--minutes", "0"), "--minutes"), (("--all", "--tiny", "--minutes", "nan"), "--minutes"),
+    (("--all", "--tiny", "--minutes", "inf"), "--minutes"), (("--all",), "no NVIDIA GPU")])
 def test_mistakes_are_told_and_nothing_is_written(tmp_path, arguments, told):
     done = run(BENCH, "--out", tmp_path / "out", *arguments)
     assert done.returncode == 2
@@ -198,15 +227,13 @@ def test_the_page_puts_measured_beside_predicted(tmp_path, monkeypatch):
     assert "| k | 1 | f32[1] | 3.0 | 2.0 | 1.50 |" in text
 
 
+def test_a_damaged_ledger_is_one_line(tmp_path):
+    (tmp_path / "steps.json").write_text("{")
+    with pytest.raises(JetSpecError, match=r"steps\.json is damaged"):
+        Ledger(tmp_path)
+
+
 def test_every_step_has_a_module_and_a_section():
     folder = ROOT / "experiments" / "h100_steps"
     assert all((folder / f"{name}.py").exists() for name in LIMITS)
     assert set(report.SECTIONS) == set(LIMITS) - {"machine"}
-
-
-def test_nothing_of_a_real_size_is_on_the_cpu(tmp_path):
-    """The real setup is made without its weights."""
-    bench = Bench(Path(tmp_path))
-    assert bench.setup.target.num_layers == 36
-    assert "params" not in bench.__dict__
-    assert jax.default_backend() == "cpu"

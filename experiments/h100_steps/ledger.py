@@ -7,12 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from experiments.common import write_text
+from jetspec_jax import JetSpecError
 
 # In order; seconds that a step may take on a card, far above what it should.
 LIMITS = {"machine": 40, "correct": 150, "rounds": 200, "peer": 90, "kernels": 90, "pair": 240, "batch": 120,
           "products": 150, "profile": 60, "rows": 60, "matmul": 80, "attention": 120, "trees": 40}
 ALONE = ("peer",)  # another library needs the card's memory
 LOOPS = ("rounds", "pair", "batch", "products", "profile")  # what a looping graph can break
+
+
+def read_json(file: Path) -> Any:
+    """What a step wrote; None where there is no such file.
+
+    Raises:
+        JetSpecError: it is damaged.
+    """
+    try:
+        return json.loads(file.read_text()) if file.exists() else None
+    except ValueError as error:
+        raise JetSpecError(f"{file} is damaged ({error}): remove it, or name another --out") from error
 
 
 class Ledger:
@@ -24,7 +37,7 @@ class Ledger:
 
     def __init__(self, out: Path) -> None:
         self._file = out / "steps.json"
-        self.rows: dict[str, dict[str, Any]] = json.loads(self._file.read_text()) if self._file.exists() else {}
+        self.rows: dict[str, dict[str, Any]] = read_json(self._file) or {}
 
     def write(self, name: str, **row: Any) -> None:
         self.rows[name] = row

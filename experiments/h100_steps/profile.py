@@ -16,13 +16,14 @@ import jax
 from experiments.h100_steps import loops
 from experiments.h100_steps.bench import Bench, say
 
+BUDGETS = 3  # of `Sizes.budgets`
 SHOWN = 60
 
 
 def run(bench: Bench) -> None:
-    """Writes profile.json: for the largest tree and for plain decoding, microseconds a round of every kernel."""
+    """Writes profile.json: for the first budgets, plain decoding among them, microseconds a round of every kernel."""
     sizes, reports = bench.sizes, []
-    budgets, context = (max(sizes.budgets), 64, 1), sizes.contexts[0]
+    budgets, context = sizes.budgets[:BUDGETS], sizes.contexts[0]
     setups = [bench.setup_at(budget, context) for budget in budgets]
     for loop in loops.compile_loops(setups, sizes.slots, bench, bench.options):
         budget, program = loop.setup.tree.budget, loop.compiled.result()[0]

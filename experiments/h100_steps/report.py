@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from experiments.h100.predict import predicted_round
-from experiments.h100_steps.ledger import Ledger
+from experiments.h100_steps.ledger import Ledger, read_json
 
 Rows = list[dict[str, Any]]
 
@@ -24,8 +23,7 @@ def as_markdown(out: Path) -> str:
 
 
 def read(out: Path, name: str) -> Any:
-    file = out / f"{name}.json"
-    return json.loads(file.read_text()) if file.exists() else None
+    return read_json(out / f"{name}.json")
 
 
 def machine(out: Path) -> list[str]:
