@@ -35,6 +35,8 @@ DAY = 1440
 def main() -> None:
     args = build_parser().parse_args()
     steps = [name for name in LIMITS if args.all or name in args.steps]
+    if args.minutes is None:
+        args.minutes = 60 if args.tiny else 9
     if not 0 < args.minutes <= DAY:
         raise JetSpecError(f"--minutes must be above 0 and at most {DAY}, not {args.minutes}")
     check_weights(args.weights)
@@ -142,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", type=Path, metavar="FOLDER",
                         help="target of the step `pair`, where it cannot be fetched: its converted folder, or one with "
                              "the GGUF file")
-    parser.add_argument("--minutes", type=float, default=9.0, help="after which all ends (default %(default)s)")
+    parser.add_argument("--minutes", type=float, help="after which all ends (default 9; 60 with --tiny)")
     parser.add_argument("--host-loop", action="store_true", help="the loop of rounds outside the CUDA graph")
     parser.add_argument("--tiny", action="store_true", help="a tiny model with interpreted kernels, on any machine")
     return parser
