@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 from converters.convert import convert_head, convert_target, export_head, resolve_source
 from jetspec_jax.errors import JetSpecError
@@ -31,11 +33,14 @@ def main(argv: list[str] | None = None) -> int:
     """Runs jetspec-convert; returns its exit status, 2 for a user's mistake."""
     args = build_parser().parse_args(argv)
     try:
-        if args.command == "export-head":
-            export_head(args.src, args.out)
-        else:
-            convert = convert_target if args.command == "target" else convert_head
-            convert(resolve_source(args.src), args.out, args.dtype, label=args.src)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("always", category=UserWarning)
+            warnings.showwarning = _print_note  # type: ignore[assignment]
+            if args.command == "export-head":
+                export_head(args.src, args.out)
+            else:
+                convert = convert_target if args.command == "target" else convert_head
+                convert(resolve_source(args.src), args.out, args.dtype, label=args.src)
     except JetSpecError as error:
         print(f"jetspec-convert: error: {error}", file=sys.stderr)
         return 2
@@ -44,3 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     print(f"wrote {args.out}")
     return 0
+
+
+def _print_note(message: Warning | str, *_: Any) -> None:
+    """In the place of `warnings.showwarning`: one line, without the place in the code."""
+    print(f"jetspec-convert: note: {message}", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from converters.assemble import TensorSource, assemble, check_names, take_apart
+from converters.fields import naming, shown
 from converters.gguf_file import GGUFFile
-from converters.huggingface import read_head_config, read_target_config, released_head_config
+from converters.huggingface import read_head_config, read_target_config, released_head_config, unknown_fields
 from converters.names import Slot, head_slots, target_slots
 from converters.safetensors_folder import SINGLE, SafetensorsFolder, write_safetensors
 from jetspec_jax import checkpoint
@@ -25,7 +27,9 @@ from jetspec_jax.sharding import place, shards_of
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
                    "added_tokens.json", "chat_template.jinja", "chat_template.json", "tokenizer.model")
-HUB_FILES = ("*.json", "*.safetensors", "merges.txt", "chat_template.jinja", "tokenizer.model")
+MORE_TEMPLATES = "additional_chat_templates"  # a folder of NAME.jinja
+HUB_FILES = ("*.json", "*.safetensors", "merges.txt", "chat_template.jinja", f"{MORE_TEMPLATES}/*.jinja",
+             "tokenizer.model")
 
 
 def read_target(source: Path, dtype: str | None = None, progress: bool = True,
@@ -39,11 +43,16 @@ def read_target(source: Path, dtype: str | None = None, progress: bool = True,
 
     Returns:
         (config, `{"params": ...}` on the default device or on the mesh).
+
+    Warns:
+        UserWarning: once, with the names of the fields that nobody knows.
     """
     if source.is_file():
         gguf = GGUFFile(source)
+        _note(source, gguf.unknown_fields)
         return _read(gguf, gguf.config, target_slots(gguf.config), dtype, progress, mesh)
     config, tensors = read_target_config(source), SafetensorsFolder(source)
+    _note(source / "config.json", unknown_fields(source, "target"))
     if config.tie_embeddings and "lm_head.weight" in tensors.shapes:
         _check_tied(tensors)
     fused_experts = any(name.endswith(".mlp.experts.gate_up_proj") for name in tensors.shapes)
@@ -54,6 +63,7 @@ def read_head(source: Path, dtype: str | None = None, progress: bool = True,
               mesh: Mesh | None = None) -> tuple[HeadConfig, dict]:
     """Reads a released JetSpec or DFlash head; see `read_target`."""
     config, tensors = read_head_config(source), SafetensorsFolder(source)
+    _note(source / "config.json", unknown_fields(source, "head"))
     return _read(tensors, config, head_slots(config), dtype, progress, mesh)
 
 
@@ -87,7 +97,9 @@ def export_head(source: Path, out: Path, progress: bool = True) -> None:
         config, params = checkpoint.load(source)
         if not isinstance(config, HeadConfig):
             raise JetSpecError(f"{source} holds no parallel draft head: only those have a released format")
-        (folder / "config.json").write_text(json.dumps(released_head_config(config), indent=2) + "\n")
+        with naming(source):
+            released = released_head_config(config)
+        (folder / "config.json").write_text(json.dumps(released, indent=2) + "\n")
         slots = head_slots(config)
         shapes = {part.name: part.shape for slot in slots for part in slot.parts}
         size = sum(math.prod(shape) for shape in shapes.values()) * config.jnp_dtype.itemsize
@@ -104,6 +116,10 @@ def save_tokenizer(source: Path, folder: Path) -> None:
         if (source / name).is_file():
             folder.mkdir(exist_ok=True)
             shutil.copyfile(source / name, folder / name)
+    for template in sorted((source / MORE_TEMPLATES).glob("*.jinja")):
+        if template.is_file():
+            (folder / MORE_TEMPLATES).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(template, folder / MORE_TEMPLATES / template.name)
 
 
 def looks_like_hub_id(source: str) -> bool:
@@ -143,6 +159,13 @@ def _read(source: TensorSource, config: Any, slots: list[Slot], dtype: str | Non
     with tqdm(total=total, unit="B", unit_scale=True, desc=Path(source.label).name, disable=not progress) as bar:
         return config, assemble(source, slots, config.dtype, bar.update,
                                 lambda name, value: place(name, value, config, mesh))
+
+
+def _note(file: Path, unknown: list[str]) -> None:
+    """What a user should know and need not act upon."""
+    if unknown:
+        names = ", ".join(map(shown, unknown[:20])) + (f" and {len(unknown) - 20} more" if len(unknown) > 20 else "")
+        warnings.warn(f"{file}: fields that are not known here are ignored: {names}", stacklevel=3)
 
 
 def _tied(config: Any) -> bool:

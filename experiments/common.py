@@ -6,6 +6,7 @@ import argparse
 import errno
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
@@ -162,7 +163,8 @@ def write_text(file: Path, text: str) -> None:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Runs a script: a user's mistake is one line and status 2."""
+    """Runs a script: a user's mistake is one line and status 2; what the library notes is one line too."""
+    warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
     try:
         main()
     except JetSpecError as error:

@@ -39,6 +39,7 @@ from experiments.common import (
 )
 from jetspec_jax import JetSpecError, Pair, PromptLookup, SamplingParams
 from jetspec_jax.generate import Draft, Generation, StreamChunk, default_tree, stream
+from jetspec_jax.pair import check_switches
 
 PROMPTS = ("Explain in a few sentences why the sky is blue.",
            "A train travels 60 miles in 1.5 hours. What is its average speed? Think step by step.",
@@ -55,8 +56,9 @@ def main() -> None:
         raise JetSpecError(f"--max-new-tokens must be at least 1, not {args.max_new_tokens}")
     if not 0 <= args.seed < 2**32:
         raise JetSpecError(f"--seed must be from 0 to 2**32 - 1, not {args.seed}")
-    if args.system is not None and args.no_chat_template:
-        raise JetSpecError("--system is part of the chat template: it cannot go with --no-chat-template")
+    if (read_switches(args.chat_option) or args.system is not None) and args.no_chat_template:
+        raise JetSpecError("--system and --chat-option are for the chat template: they cannot go with "
+                           "--no-chat-template")
     pair = load(args, mesh_from(args), drafts=args.draft == "head")
     title, draft = draft_from(args, pair)
     answers, plain = answer_all(pair, messages, args, draft, sampling)
@@ -108,7 +110,27 @@ def as_prompt(pair: Pair, message: str, args: argparse.Namespace) -> str | list[
         if not message.strip() or not all(word.isdecimal() for word in message.split()):
             raise JetSpecError("this target has no tokenizer: give each prompt as token ids, like --prompt '12 7 300'")
         return [int(word) for word in message.split()]
-    return message if args.no_chat_template else pair.chat(message, args.system)
+    return message if args.no_chat_template else pair.chat(message, args.system, **read_switches(args.chat_option))
+
+
+def read_switches(options: list[str]) -> dict[str, Any]:
+    """["enable_thinking=false", ...] -> {"enable_thinking": False, ...}.
+
+    Raises:
+        JetSpecError: an option of another form, one that is given twice, or a name that is no switch of a template.
+    """
+    switches: dict[str, Any] = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not equals or not name.isidentifier() or name in switches:
+            raise JetSpecError("--chat-option takes NAME=VALUE, every name once, for example enable_thinking=false, "
+                               f"not {option!r}")
+        try:
+            switches[name] = json.loads(value)
+        except ValueError:
+            switches[name] = value
+    check_switches(switches)
+    return switches
 
 
 def answer_all(pair: Pair, messages: list[str], args: argparse.Namespace, draft: Draft | None,
@@ -287,6 +309,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=128, help="of each answer (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise at a temperature above 0")
     parser.add_argument("--system", metavar="TEXT", help="system message for the chat template")
+    parser.add_argument("--chat-option", action="append", default=[], metavar="NAME=VALUE",
+                        help="what the chat template reads besides, like enable_thinking=false or chat_template=rag; "
+                             "the value is JSON, or text; repeatable")
     parser.add_argument("--no-chat-template", action="store_true", help="continue the prompt as it is")
     parser.add_argument("--compare-ar", action="store_true", help="decode plainly too, and compare")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")

@@ -29,6 +29,7 @@ from experiments.common import (
 from jetspec_jax import JetSpecError, Pair
 from jetspec_jax.config import FLOAT_DTYPES, PRESETS, default_target_layer_ids
 from jetspec_jax.pretrained import cache_folder
+from jetspec_jax.text import ChatText
 from jetspec_jax.training.dataset import DatasetInfo, DatasetWriter
 from jetspec_jax.training.prompts import SOURCES, collect_prompts, conversations, suite_exclusion
 from jetspec_jax.training.record import Recording, record_answers, record_texts
@@ -91,7 +92,7 @@ def foreign_texts(pair: Pair, prompts: list[str], answers: dict[str, str],
     texts = []
     for prompt in prompts:
         ids = prompt_ids(pair, prompt)
-        answer = pair.tokenizer(answers[prompt], add_special_tokens=False)["input_ids"][:max_new_tokens]
+        answer = pair.encode(ChatText(answers[prompt]))[:max_new_tokens]  # the chat goes on
         texts.append((ids + answer, len(ids)))
     return texts
 
@@ -105,7 +106,7 @@ def state_layers(model: str, pair: Pair) -> tuple[int, ...]:
 
 
 def prompt_ids(pair: Pair, text: str) -> list[int]:
-    return pair.tokenizer(pair.chat(text), add_special_tokens=False)["input_ids"]
+    return pair.encode(pair.chat(text))
 
 
 def parse_mixture(entries: list[str]) -> dict[str, int]:

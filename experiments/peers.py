@@ -37,7 +37,7 @@ class Peer:
 
     def generate(self, prompt: str, tokens: int) -> PeerAnswer:
         """The greedy answer, once with its first token alone and once whole."""
-        ids = self.pair.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        ids = self.pair.encode(prompt)
         start = time.perf_counter()
         self.run(ids, 1)
         middle = time.perf_counter()

@@ -34,7 +34,7 @@ def against_transformers(pair: Pair, tokens: int, repeats: int) -> dict[str, flo
     from experiments.torch_peer import torch_model
 
     model, generate_peer = torch_model(pair)
-    ids = pair.tokenizer(pair.chat(PROMPT))["input_ids"]
+    ids = pair.encode(pair.chat(PROMPT))
     ours, peers = [], []
     for i in range(repeats + 1):
         start = time.perf_counter()

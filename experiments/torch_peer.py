@@ -10,6 +10,7 @@ import numpy as np
 
 from converters.assemble import take_apart
 from converters.names import target_slots
+from converters.rope import rope_scaling_fields
 from jetspec_jax.config import TargetConfig
 from jetspec_jax.errors import JetSpecError
 from jetspec_jax.pair import Pair
@@ -64,6 +65,7 @@ def huggingface_fields(config: TargetConfig) -> dict[str, Any]:
             "intermediate_size": config.intermediate_size, "num_hidden_layers": config.num_layers,
             "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
             "head_dim": config.head_dim, "rms_norm_eps": config.rms_norm_eps,
-            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta,
+                                **(rope_scaling_fields(config.rope_scaling) or {})},
             "max_position_embeddings": config.max_positions, "tie_word_embeddings": config.tie_embeddings,
             "attention_bias": config.qkv_bias}

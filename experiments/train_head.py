@@ -150,7 +150,8 @@ def starting_point(args: argparse.Namespace, target: TargetConfig, params: dict,
         vocab_size=target.vocab_size, hidden_size=target.hidden_size, intermediate_size=target.intermediate_size,
         num_layers=5 if args.layers is None else args.layers, num_heads=target.num_heads,
         num_kv_heads=target.num_kv_heads,
-        head_dim=target.head_dim, rope_theta=target.rope_theta, rms_norm_eps=target.rms_norm_eps, block_size=16,
+        head_dim=target.head_dim, rope_theta=target.rope_theta, rope_scaling=target.rope_scaling,
+        rms_norm_eps=target.rms_norm_eps, block_size=16,
         target_layer_ids=default_target_layer_ids(target.num_layers, 5), num_target_layers=target.num_layers,
         mask_token_id=mask)
     if args.autoregressive:

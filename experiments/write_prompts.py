@@ -28,6 +28,7 @@ from experiments.common import (
 from jetspec_jax import JetSpecError, Pair, SamplingParams, load_pretrained
 from jetspec_jax.generate import stream
 from jetspec_jax.pretrained import cache_folder
+from jetspec_jax.text import ChatText
 from jetspec_jax.training.prompts import Exclusion, suite_exclusion
 from jetspec_jax.training.templates import STORY_OPENINGS, fill
 
@@ -73,7 +74,7 @@ def main() -> None:
 def user_turns(pair: Pair, openings: list[str], sampling: SamplingParams, seed: int, max_tokens: int,
                batch_size: int) -> Iterator[str]:
     """What the target writes as a user after each opening; turns that it did not end are left out."""
-    before = pair.chat("\N{OBJECT REPLACEMENT CHARACTER}").partition("\N{OBJECT REPLACEMENT CHARACTER}")[0]
+    before = ChatText(pair.chat("\N{OBJECT REPLACEMENT CHARACTER}").partition("\N{OBJECT REPLACEMENT CHARACTER}")[0])
     for chunk in stream(pair, [before + opening for opening in openings], tree=None, sampling=sampling, seed=seed,
                         max_new_tokens=max_tokens, batch_size=batch_size):
         if chunk.result is not None and chunk.result.finish_reason == "stop":

@@ -20,7 +20,8 @@ from jetspec_jax.cache import KVCache
 from jetspec_jax.collectives import own_part
 from jetspec_jax.config import AutoregressiveHeadConfig, KernelBackend, TargetConfig, TreeConfig
 from jetspec_jax.draft import Params, Prompt, anchor_of, top_logp
-from jetspec_jax.layers import AttentionContext, DecoderLayer, RMSNorm, dense, rotary_tables
+from jetspec_jax.layers import AttentionContext, DecoderLayer, RMSNorm, dense
+from jetspec_jax.rotary import rotary_tables
 from jetspec_jax.target import target_embed, target_logits
 from jetspec_jax.tree import DraftTree, assemble_tree
 
@@ -68,7 +69,7 @@ class AutoregressiveHead(nn.Module):
             attend: attention of these rows over whatever they may see.
         """
         c = self.config
-        context = AttentionContext(*rotary_tables(positions, c.head_dim, c.rope_theta, c.jnp_dtype), attend)
+        context = AttentionContext(*rotary_tables(c, positions), attend)
         x = self.join(jnp.concatenate([self.token_norm(tokens), self.feature_norm(feature)], axis=-1))
         delta, keys, values = None, [], []
         for i, layer in enumerate(self.layers):

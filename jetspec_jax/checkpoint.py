@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from jetspec_jax.autoregressive import autoregressive_shapes
-from jetspec_jax.config import AutoregressiveHeadConfig, DrafterConfig, HeadConfig, TargetConfig
+from jetspec_jax.config import AutoregressiveHeadConfig, DrafterConfig, HeadConfig, RopeScaling, TargetConfig
 from jetspec_jax.errors import JetSpecError
 from jetspec_jax.head import head_shapes
 from jetspec_jax.sharding import arrange, named_map, shards_of, stored_spec
@@ -95,6 +95,8 @@ def save(folder: Path, config: TargetConfig | DrafterConfig, params: dict, sourc
         raise JetSpecError(f"writing into {folder.parent} failed: {first_line(error)}; nothing was left "
                            "behind") from error
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_STORED}
+    if config.rope_scaling is not None:
+        fields["rope_scaling"] = {name: value for name, value in fields["rope_scaling"].items() if value is not None}
     description = {"format": FORMAT, "version": VERSION, "kind": kind, "config": fields, "source": source}
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
 
@@ -129,10 +131,12 @@ def load_config(folder: Path) -> TargetConfig | DrafterConfig:
         raise JetSpecError(f"{folder} holds a checkpoint of unknown kind {description.get('kind')!r}")
     config_class = _KINDS[description["kind"]][0]
     try:
-        fields = {name: tuple(value) if isinstance(value, list) else value
-                  for name, value in description["config"].items() if name not in _NOT_STORED}
+        fields: dict[str, Any] = {name: value for name, value in description["config"].items()
+                                  if name not in _NOT_STORED}
+        if fields.get("rope_scaling") is not None:
+            fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
         return config_class(**fields)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, JetSpecError) as error:
         raise JetSpecError(f"the description of {folder} is damaged: {first_line(error)}") from error
 
 

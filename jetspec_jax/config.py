@@ -18,6 +18,9 @@ TREE_WIDTHS = {"accum_logp": 7, "best_first": MAX_TREE_WIDTH, "chain": 1}
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 Builder = Literal["accum_logp", "best_first", "chain"]
 KernelBackend = Literal["auto", "reference", "pallas", "pallas_interpret", "triton", "triton_interpret"]
+RopeKind = Literal["linear", "llama3", "yarn", "table"]
+MAX_FLOAT = 3.4028234663852886e38  # of float32, in which models compute
+MAX_INT = 2**31 - 1  # positions are int32
 
 
 def require(holds: bool, message: str) -> None:
@@ -31,21 +34,101 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def is_finite(value: Any) -> bool:
+    """Whether a value is a real number that float32 can hold."""
+    return is_number(value) and abs(value) <= MAX_FLOAT
+
+
 def make_plain(config: Any) -> None:
     """Turns NumPy numbers into Python's and lists into tuples: configs are hashed, multiplied and written as JSON."""
+    def plain(value: Any) -> Any:
+        return int(value) if is_integer(value) else float(value) if is_number(value) else value
+
     for entry in dataclasses.fields(config):
         value = getattr(config, entry.name)
-        if is_integer(value):
-            object.__setattr__(config, entry.name, int(value))
-        elif is_number(value):
-            object.__setattr__(config, entry.name, float(value))
-        elif isinstance(value, list | tuple):
-            object.__setattr__(config, entry.name, tuple(int(v) if is_integer(v) else v for v in value))
+        object.__setattr__(config, entry.name, tuple(map(plain, value)) if isinstance(value, list | tuple)
+                           else plain(value))
 
 
 def is_integer(value: Any) -> bool:
     """Whether a value is an integer, NumPy's included; a bool is not."""
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies differ from the plain ones; `jetspec_jax.rotary` says what each kind computes.
+
+    A kind takes the fields that `FIELDS` lists for it, and no others.
+
+    Args:
+        kind: "linear" (every frequency is divided), "llama3" (the slow ones are), "yarn" (arXiv 2309.00071) or "table"
+            (each has a divisor of its own).
+        factor: what frequencies are divided by, at least 1.
+        original_max_positions: the context that the model was trained with before.
+        low_freq_factor, high_freq_factor: wavelengths above original_max_positions / low are divided, those below
+            original_max_positions / high are not.
+        beta_fast, beta_slow: frequencies that turn more often than beta_fast in the original context are not divided,
+            those that turn less often than beta_slow are.
+        attention_factor: what cosines and sines are multiplied by.
+        truncate: whether the bounds between the two are whole frequencies.
+        divisors: C/2 numbers.
+    """
+
+    FIELDS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "linear": ("factor",),
+        "llama3": ("factor", "original_max_positions", "low_freq_factor", "high_freq_factor"),
+        "yarn": ("factor", "original_max_positions", "beta_fast", "beta_slow", "attention_factor", "truncate"),
+        "table": ("divisors",)}
+
+    kind: RopeKind
+    factor: float | None = None
+    original_max_positions: int | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    attention_factor: float | None = None
+    truncate: bool | None = None
+    divisors: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        make_plain(self)
+        require(isinstance(self.kind, str) and self.kind in self.FIELDS,
+                f"rope scaling of kind {self.kind!r} is not one of {', '.join(self.FIELDS)}")
+        given = {entry.name for entry in fields(self) if getattr(self, entry.name) is not None} - {"kind"}
+        for name in self.FIELDS[self.kind]:
+            require(name in given, f"rope scaling of kind {self.kind} lacks {name}")
+        for name in sorted(given - set(self.FIELDS[self.kind])):
+            raise JetSpecError(f"rope scaling of kind {self.kind} has no {name}")
+        for name in sorted(given - {"original_max_positions", "truncate", "divisors"}):
+            least = 1.0 if name == "factor" else 0.0
+            value = getattr(self, name)
+            require(is_finite(value) and value >= least and value > 0,
+                    f"{name} must be a finite number {'of at least 1' if least else 'above 0'}, not {value!r}")
+        original = self.original_max_positions
+        require(original is None or (is_integer(original) and 0 < original <= MAX_INT),
+                f"original_max_positions must be a positive integer, not {original!r}")
+        require(self.truncate is None or isinstance(self.truncate, bool),
+                f"truncate must be true or false, not {self.truncate!r}")
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            below, above = getattr(self, low), getattr(self, high)
+            require(below is None or below < above, f"{low} {below!r} must be below {high} {above!r}")
+        if self.divisors is not None:
+            require(isinstance(self.divisors, tuple) and all(is_finite(v) and v > 0 for v in self.divisors),
+                    "divisors must be finite numbers above 0")
+
+    def context_limit(self, stated: int) -> int:
+        """The `max_positions` of a model whose file states `stated` (for linear, the context before the scaling).
+
+        linear: factor times what is stated. yarn: factor times the original context, or what is stated where that is
+        more (Qwen3 states the context without the scaling). llama3 and a table: what is stated.
+        """
+        if self.kind == "linear":
+            return int((self.factor or 1) * stated)
+        if self.kind == "yarn":
+            return max(stated, int((self.factor or 1) * (self.original_max_positions or 0)))
+        return stated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +144,7 @@ class TransformerConfig:
         num_kv_heads: K, key/value heads; divides H.
         head_dim: C, even.
         rope_theta: base of the rotary frequencies.
+        rope_scaling: how they differ from the plain ones, or None.
         rms_norm_eps: epsilon of every RMSNorm.
         qk_norm: RMSNorm over C on queries and keys (Qwen3), or none (Llama).
         qkv_bias, out_bias: whether those projections of the attention carry a bias.
@@ -86,6 +170,7 @@ class TransformerConfig:
     num_kv_heads: int
     head_dim: int
     rope_theta: float = 1e6
+    rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = 1e-6
     qk_norm: bool = True
     qkv_bias: bool = False
@@ -107,7 +192,11 @@ class TransformerConfig:
         require(self.head_dim % 2 == 0, f"head_dim must be even for rotary embeddings, not {self.head_dim}")
         for name in ("rope_theta", "rms_norm_eps"):
             value = getattr(self, name)
-            require(is_number(value) and value > 0, f"{name} must be positive, not {value!r}")
+            require(is_finite(value) and value > 0, f"{name} must be a finite number above 0, not {value!r}")
+        self._check_rope_scaling()
+        for name in ("qk_norm", "qkv_bias", "out_bias"):
+            value = getattr(self, name)
+            require(isinstance(value, bool), f"{name} must be true or false, not {value!r}")
         require(self.kernels in get_args(KernelBackend),
                  f"kernels {self.kernels!r} is not one of {', '.join(get_args(KernelBackend))}")
         tile = self.weight_tile
@@ -119,6 +208,17 @@ class TransformerConfig:
             value = getattr(self, name)
             require(value in FLOAT_DTYPES or (name == "product_dtype" and value is None),
                      f"{name} {value!r} is not one of {', '.join(FLOAT_DTYPES)}")
+
+    def _check_rope_scaling(self) -> None:
+        scaling, half = self.rope_scaling, self.head_dim // 2
+        require(scaling is None or isinstance(scaling, RopeScaling),
+                f"rope_scaling must be a RopeScaling or None, not {scaling!r}")
+        if scaling is None:
+            return
+        require(scaling.divisors is None or len(scaling.divisors) == half,
+                f"rope_scaling has {len(scaling.divisors or ())} divisors, and head_dim {self.head_dim} needs {half}")
+        require(scaling.kind != "yarn" or self.rope_theta > 1,
+                f"rope_theta must be above 1 for yarn, not {self.rope_theta!r}")
 
     @property
     def jnp_dtype(self) -> jnp.dtype:
@@ -173,10 +273,14 @@ class TargetConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(is_integer(self.max_positions) and self.max_positions > 0,
-                 f"max_positions must be a positive integer, not {self.max_positions!r}")
-        require(all(is_integer(i) and i >= 0 for i in self.eos_token_ids),
-                 f"eos_token_ids must be token ids, not {self.eos_token_ids!r}")
+        require(is_integer(self.max_positions) and 0 < self.max_positions <= MAX_INT,
+                 f"max_positions must be an integer from 1 to {MAX_INT}, not {self.max_positions!r}")
+        require(isinstance(self.eos_token_ids, tuple)
+                and all(is_integer(i) and 0 <= i < self.vocab_size for i in self.eos_token_ids),
+                 f"eos_token_ids must be token ids from 0 to {self.vocab_size - 1}, not {self.eos_token_ids!r}")
+        for name in ("norm_topk_prob", "tie_embeddings"):
+            value = getattr(self, name)
+            require(isinstance(value, bool), f"{name} must be true or false, not {value!r}")
         for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
             value, least = getattr(self, name), 1 if self.num_experts else 0
             require(is_integer(value) and value >= least,
@@ -211,6 +315,10 @@ class DrafterConfig(TransformerConfig):
         super().__post_init__()
         require(is_integer(self.block_size) and 2 <= self.block_size <= 256,
                  f"block_size must be an integer from 2 to 256, not {self.block_size!r}")
+        require(is_integer(self.num_target_layers) and self.num_target_layers > 0,
+                 f"num_target_layers must be a positive integer, not {self.num_target_layers!r}")
+        require(isinstance(self.target_layer_ids, tuple),
+                 f"target_layer_ids must be a list of layers, not {self.target_layer_ids!r}")
         require(len(self.target_layer_ids) > 0, "target_layer_ids is empty: the head needs at least one tapped layer")
         bad = [i for i in self.target_layer_ids if not is_integer(i) or not 0 <= i < self.num_target_layers]
         require(not bad, f"target_layer_ids {bad} lie outside the target's layers 0..{self.num_target_layers - 1}")

@@ -28,6 +28,7 @@ from jetspec_jax.lookup import LookupDrafter
 from jetspec_jax.pair import Pair
 from jetspec_jax.sampling import Sampler, sequence_keys
 from jetspec_jax.sharding import fetch, over_mesh, put, shards_of
+from jetspec_jax.text import TextStream
 from jetspec_jax.tiles import is_large
 
 DEFAULT_TREE = TreeConfig()
@@ -163,8 +164,7 @@ class Request:
     prompt_seconds: float = 0.0
     told: int = 0  # answer tokens streamed
     told_rounds: int = 0
-    told_text: int = 0  # answer tokens whose text was streamed
-    context: int = 0  # where the piece before the next one begins
+    text: TextStream | None = None  # of the answer, where somebody streams it
 
 
 def _run(pair: Pair, prompts: list[Prompt], max_new_tokens: int, batch_size: int | None, tree: Draft | None,
@@ -325,17 +325,12 @@ class Run:
         return self.pair.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _new_text(self, request: Request, answer: list[int], done: bool) -> str:
-        """Text that was not streamed yet; a character whose bytes are incomplete waits for the rest.
-
-        A piece is decoded together with the one before it, which tells where its spaces belong; never the whole answer.
-        """
-        before = self._decode(answer[request.context:request.told_text]) or ""
-        text = self._decode(answer[request.context:]) or ""
-        # Nothing new (a special token, a row that waited) is no neighbour to the next piece.
-        if len(text) <= len(before) or (not done and text.endswith("\N{REPLACEMENT CHARACTER}")):
+        """Text that was not streamed yet; what later tokens may change waits for them."""
+        if self.pair.tokenizer is None:
             return ""
-        request.context, request.told_text = request.told_text, len(answer)
-        return text[len(before):]
+        if request.text is None:
+            request.text = TextStream(self.pair.tokenizer)
+        return request.text.add(answer, done)
 
 
 def default_tree(pair: Pair) -> TreeConfig:
@@ -396,11 +391,7 @@ def read_requests(pair: Pair, prompts: list[Prompt], max_new_tokens: int) -> lis
 
 def _encode(pair: Pair, prompt: Prompt, index: int) -> list[int]:
     if isinstance(prompt, str):
-        if pair.tokenizer is None:
-            raise JetSpecError("this target has no tokenizer: pass token ids instead of text")
-        # A chat template writes the start token itself.
-        start = getattr(pair.tokenizer, "bos_token", None)
-        ids = pair.tokenizer(prompt, add_special_tokens=not (start and prompt.startswith(start)))["input_ids"]
+        ids = pair.encode(prompt)
     else:
         items = prompt.tolist() if isinstance(prompt, np.ndarray | jax.Array) else prompt
         if not isinstance(items, list | tuple | range) or not all(is_integer(i) for i in items):

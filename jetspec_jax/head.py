@@ -14,7 +14,8 @@ from jetspec_jax.attention import Attend, attend_with, pack_bits
 from jetspec_jax.cache import KVCache
 from jetspec_jax.collectives import own_part
 from jetspec_jax.config import HeadConfig
-from jetspec_jax.layers import AttentionContext, DecoderLayer, RMSNorm, dense, rotary_tables
+from jetspec_jax.layers import AttentionContext, DecoderLayer, RMSNorm, dense
+from jetspec_jax.rotary import rotary_tables
 
 
 class HeadOutput(NamedTuple):
@@ -46,7 +47,7 @@ class DraftHead(nn.Module):
         self.norm = RMSNorm(c)
 
     def _tables(self, positions: Array) -> tuple[Array, Array]:
-        return rotary_tables(positions, self.config.head_dim, self.config.rope_theta, self.config.jnp_dtype)
+        return rotary_tables(self.config, positions)
 
     def _features(self, tapped: Array) -> Array:
         """Raw tapped states [B, E, T*D] -> [B, E, D], every layer's context."""

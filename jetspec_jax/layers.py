@@ -1,4 +1,4 @@
-"""The blocks that target and head are made of: RMSNorm, rotary embedding, gated MLP, one decoder layer."""
+"""The blocks that target and head are made of: RMSNorm, gated MLP, one decoder layer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from jetspec_jax.attention import Attend
@@ -57,24 +56,6 @@ class RMSNorm(nn.Module):
         rows = (x, delta, self.scale) if before is None else (x, delta, self.scale, before)
         total, normed = add_norm(self.config.kernels, self.config.rms_norm_eps)(*rows)
         return total, normed
-
-
-def rotary_tables(positions: Array, head_dim: int, theta: float, dtype: jnp.dtype) -> tuple[Array, Array]:
-    """Cosines and sines of the rotary angles.
-
-    Args:
-        positions: int32 [B, M], absolute positions.
-        head_dim: C.
-        theta: frequency base.
-        dtype: dtype of the computation; the tables are float32, or float64 for float64.
-
-    Returns:
-        (cos, sin), each [B, M, C/2].
-    """
-    wide = np.promote_types(dtype, np.float32)
-    frequency = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=wide) / head_dim)  # [C/2]
-    angle = positions.astype(wide)[:, :, None] * frequency[None, None, :]
-    return jnp.cos(angle), jnp.sin(angle)
 
 
 def dense(config: TransformerConfig, features: int, bias: bool = False, product: Any = None,

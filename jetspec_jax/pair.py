@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jax.sharding import Mesh
 
+from jetspec_jax.checkpoint import first_line
 from jetspec_jax.config import DrafterConfig, TargetConfig
 from jetspec_jax.draft import Params
 from jetspec_jax.errors import JetSpecError
 from jetspec_jax.programs import Programs
 from jetspec_jax.sharding import shards_of
+from jetspec_jax.text import ChatText
+
+# Of `apply_chat_template`: what it reads otherwise, and what is about token ids.
+NO_SWITCHES = ("self", "messages", "conversation", "system", "tokenize", "return_dict", "return_tensors",
+               "return_assistant_tokens_mask", "padding", "truncation", "max_length", "tokenizer_kwargs",
+               "sanitize_control_tokens")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,14 +51,106 @@ class Pair:
         return replace(self, target_config=self.target_config.share(shards),
                        head_config=self.head_config and self.head_config.share(shards))
 
-    def chat(self, message: str, system: str | None = None) -> str:
-        """A user's message (and a system message) as the text that the chat template makes of it.
+    def chat(self, messages: str | Sequence[Mapping[str, Any]], system: str | None = None, **switches: Any) -> ChatText:
+        """Messages as the text that the target's chat template makes of them; the model's turn comes next.
+
+        Args:
+            messages: a user's message, or a whole conversation: a list of dicts with `role` and `content`, as
+                `apply_chat_template` of transformers takes it.
+            system: a system message to begin with.
+            switches: what the template or `apply_chat_template` reads besides: `enable_thinking=False`, `tools=[...]`,
+                `chat_template="rag"`, `continue_final_message=True` (the model goes on with the last message).
+
+        Returns:
+            Text that `encode` turns into exactly the ids of `apply_chat_template(tokenize=True)`.
 
         Raises:
-            JetSpecError: no tokenizer or no chat template.
+            JetSpecError: no tokenizer or no chat template; messages or switches that make no sense, or that the
+                template refuses.
         """
-        if self.tokenizer is None or not self.tokenizer.chat_template:
-            raise JetSpecError("this target has no chat template: pass plain text (decode.py: --no-chat-template)")
-        messages = [{"role": "system", "content": system}] if system else []
-        return self.tokenizer.apply_chat_template([*messages, {"role": "user", "content": message}], tokenize=False,
-                                                  add_generation_prompt=True)
+        check_switches(switches)
+        conversation = _conversation(messages, system)
+        if self.tokenizer is None:
+            raise JetSpecError("this target has no tokenizer, and so no chat template: pass token ids to generate")
+        _check_template(self.tokenizer.chat_template, switches)
+        switches.setdefault("add_generation_prompt", not switches.get("continue_final_message"))
+        try:
+            return ChatText(self.tokenizer.apply_chat_template(conversation, tokenize=False, **switches))
+        except Exception as error:  # a template is a program, which fails in every way
+            raise JetSpecError(f"the chat template of this target refuses these messages ({type(error).__name__}: "
+                               f"{first_line(error)}): change the messages, leave the system message out, or give the "
+                               "template what it asks for (pair.chat(..., name=value); decode.py: --chat-option "
+                               "name=value)") from error
+
+    def encode(self, text: str) -> list[int]:
+        """Text as token ids; all that is decoded goes through here.
+
+        What a chat template wrote is encoded as it stands. Plain text gets the special tokens that the tokenizer adds,
+        as for `generate` of transformers (an end token too, where one is appended: pass ids to go without), but no
+        second start token where it begins with one.
+
+        Raises:
+            JetSpecError: no tokenizer, or text that is no Unicode.
+        """
+        if self.tokenizer is None:
+            raise JetSpecError("this target has no tokenizer: pass token ids instead of text")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise JetSpecError(f"{text[error.start:error.end]!r} at character {error.start} of a text is no Unicode "
+                               "character: it was read in the wrong encoding") from error
+        if isinstance(text, ChatText):
+            return self.tokenizer(str(text), add_special_tokens=False)["input_ids"]
+        ids, start = self.tokenizer(text)["input_ids"], getattr(self.tokenizer, "bos_token", None)
+        if start and text.startswith(start):
+            own, start_id = self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.bos_token_id
+            after = ids.index(start_id) + 1 if own[:1] == [start_id] else 0
+            if after and ids[after:after + len(own)] == own:
+                del ids[after - 1]
+        return ids
+
+
+def check_switches(switches: Mapping[str, Any]) -> None:
+    """Raises JetSpecError for a name that is no switch of a chat template: `Pair.chat` always returns text."""
+    for name in switches:
+        if name in NO_SWITCHES:
+            raise JetSpecError(f"{name!r} is no switch of a chat template: leave it out (a system message goes into "
+                               "system, or into the list of messages; decode.py: --system)")
+
+
+def _conversation(messages: str | Sequence[Mapping[str, Any]], system: str | None) -> list[Mapping[str, Any]]:
+    """The messages as a list, the system message first."""
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    if not isinstance(messages, list | tuple) or not messages:
+        raise JetSpecError("messages must be a text, or a list of dicts with role and content that is not empty, not "
+                           f"{messages!r}")
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise JetSpecError(f'message {i} must be a dict like {{"role": "user", "content": "Hi"}}, not {message!r}')
+        content = message.get("content")
+        calls = content is None and message["role"] == "assistant" and message.keys() - {"role", "content"}
+        if not isinstance(content, str | list | tuple | Mapping) and not calls:
+            raise JetSpecError(f"the content of message {i} must be text (or a list of parts), not {content!r}")
+    if system is not None and not isinstance(system, str):
+        raise JetSpecError(f"system must be text, not {system!r}")
+    if not system:
+        return list(messages)
+    if any(message["role"] == "system" for message in messages):
+        raise JetSpecError("there is a system message among the messages already: leave system out")
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _check_template(templates: str | dict[str, str] | None, switches: Mapping[str, Any]) -> None:
+    """Raises JetSpecError where no chat template is there, or which one is not clear."""
+    chosen, named = switches.get("chat_template"), templates if isinstance(templates, dict) else {}
+    if chosen is None and not templates:
+        raise JetSpecError("this target has no chat template: pass plain text (decode.py: --no-chat-template)")
+    found = "default" in named or ("tool_use" in named and switches.get("tools") is not None)
+    if chosen is None and named and not found:
+        raise JetSpecError(f"this target has several chat templates and no default: choose one of {sorted(named)} "
+                           f"(pair.chat(..., chat_template={min(named)!r}); decode.py: --chat-option "
+                           f"chat_template={min(named)})")
+    if chosen is not None and str(chosen) not in named and "{" not in str(chosen):
+        raise JetSpecError(f"chat_template {chosen!r} is neither a template nor the name of one; this target has "
+                           f"{sorted(named) or 'a single one, without a name'}")

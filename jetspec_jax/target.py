@@ -15,8 +15,9 @@ from jetspec_jax.attention import attend_with
 from jetspec_jax.cache import KVCache
 from jetspec_jax.collectives import all_sum, own_start
 from jetspec_jax.config import TargetConfig
-from jetspec_jax.layers import MLP, PRECISION, AttentionContext, DecoderLayer, RMSNorm, rotary_tables, rounded_product
+from jetspec_jax.layers import MLP, PRECISION, AttentionContext, DecoderLayer, RMSNorm, rounded_product
 from jetspec_jax.moe import MoE
+from jetspec_jax.rotary import rotary_tables
 from jetspec_jax.tiles import columns, tile_count, tiled_product
 
 
@@ -65,7 +66,7 @@ class Target(nn.Module):
             taps: ids of the layers whose output is wanted.
         """
         c = self.config
-        cos, sin = rotary_tables(positions, c.head_dim, c.rope_theta, c.jnp_dtype)
+        cos, sin = rotary_tables(c, positions)
         context = AttentionContext(cos, sin, attend_with(visible, cache, cached, c.kernels))
         x, delta = self.embed(tokens), None
         keys, values, outputs = [], [], {}

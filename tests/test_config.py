@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 
 from jetspec_jax import PRESETS, JetSpecError, SamplingParams, TreeConfig
-from jetspec_jax.config import default_target_layer_ids
+from jetspec_jax.config import RopeScaling, default_target_layer_ids
 from jetspec_jax.head import head_shapes
 from jetspec_jax.target import target_shapes
 from tests.models import tiny_head, tiny_moe, tiny_target
+
+YARN = RopeScaling(kind="yarn", factor=4, original_max_positions=32, beta_fast=32, beta_slow=1, attention_factor=1,
+                   truncate=True)
 
 
 def parameters(shapes):
@@ -54,6 +57,18 @@ def test_default_taps(layers, taps, ids):
     lambda: SamplingParams(top_p=1.1), lambda: SamplingParams(top_k=True),
     lambda: tiny_target(num_heads=3, num_kv_heads=2), lambda: tiny_target(head_dim=7),
     lambda: tiny_target(vocab_size=0), lambda: tiny_target(dtype="int8"), lambda: tiny_target(rope_theta=0),
+    lambda: tiny_target(rope_theta=float("inf")), lambda: tiny_target(rope_theta=float("nan")),
+    lambda: tiny_target(rope_theta=1e39), lambda: tiny_target(rope_theta=10**400),  # float32 holds neither
+    lambda: tiny_target(rms_norm_eps=float("inf")), lambda: tiny_target(rms_norm_eps="1e-6"),
+    lambda: tiny_target(max_positions=2**31), lambda: tiny_target(max_positions=0),
+    lambda: tiny_target(eos_token_ids=(23,)), lambda: tiny_target(eos_token_ids=(-1,)),
+    lambda: tiny_target(eos_token_ids=3), lambda: tiny_target(tie_embeddings=1), lambda: tiny_target(qk_norm=None),
+    lambda: tiny_target(qkv_bias="no"), lambda: tiny_moe(norm_topk_prob=0),
+    lambda: tiny_target(rope_scaling={"kind": "linear", "factor": 2}),
+    lambda: tiny_target(rope_theta=1, rope_scaling=YARN),
+    lambda: tiny_target(rope_scaling=RopeScaling(kind="table", divisors=(1, 2, 3))),
+    lambda: tiny_head(tiny_target(), num_target_layers=0), lambda: tiny_head(tiny_target(), num_target_layers="2"),
+    lambda: tiny_head(tiny_target(), target_layer_ids=1),
     lambda: tiny_moe(num_experts_per_tok=6), lambda: tiny_moe(num_experts_per_tok=0),
     lambda: tiny_moe(moe_intermediate_size=0), lambda: tiny_moe(num_experts=-1), lambda: tiny_moe(dense_layers=(2,)),
     lambda: tiny_head(tiny_target(), block_size=1), lambda: tiny_head(tiny_target(), target_layer_ids=()),

@@ -1,5 +1,7 @@
 """GGUF files: small ones written here, in both architectures, and damaged ones."""
 
+import math
+
 import gguf
 import numpy as np
 import pytest
@@ -9,10 +11,11 @@ from converters.cli import main
 from converters.gguf_file import GGUFFile
 from converters.names import gguf_name, target_slots
 from jetspec_jax import checkpoint, load_pretrained
+from jetspec_jax.config import RopeScaling
 from jetspec_jax.target import target_shapes
 from tests.models import random_params, tiny_target
 
-TOKENS = ["<|end|>", "<|start|>", *sorted("abcdeĠ1234567"), "ab", "Ġc"]
+TOKENS = ["<|end|>", "<|start|>", *sorted("abcdeĠ1234567"), "ab", "Ġc", "123"]
 
 
 def interleaved(weight, heads):
@@ -20,25 +23,33 @@ def interleaved(weight, heads):
     return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write(file, config, tensors, arch, merges=("a b", "Ġ c"), **changes):
-    writer = gguf.GGUFWriter(file, arch)
+def write(file, config, tensors, arch, merges=("a b", "Ġ c"), pre="smollm", tokenizer=None,
+          endianess=gguf.GGUFEndian.LITTLE, **changes):
+    """`changes` are fields of the architecture; `tokenizer` has fields of the tokenizer."""
+    writer = gguf.GGUFWriter(file, arch, endianess=endianess)
     fields = {"context_length": 128, "embedding_length": config.hidden_size, "block_count": config.num_layers,
               "feed_forward_length": config.intermediate_size, "attention.head_count": config.num_heads,
               "attention.head_count_kv": config.num_kv_heads, "attention.key_length": config.head_dim, **changes}
     for name, value in fields.items():
         if isinstance(value, str):
             writer.add_string(f"{arch}.{name}", value)
+        elif isinstance(value, float):
+            writer.add_float32(f"{arch}.{name}", value)
         elif value is not None:
             writer.add_uint32(f"{arch}.{name}", value)
     if "rope.freq_base" not in changes:
         writer.add_float32(f"{arch}.rope.freq_base", config.rope_theta)
     writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", 1e-5)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre(pre)
+    for name, value in (tokenizer or {}).items():
+        add = writer.add_bool if isinstance(value, bool) else writer.add_int32
+        add(f"tokenizer.ggml.{name}", value)
     writer.add_token_list(TOKENS)
     writer.add_token_types([3, 3] + [1] * (len(TOKENS) - 2))
     writer.add_token_merges(list(merges))
-    writer.add_eos_token_id(0)
+    if "eos_token_id" not in (tokenizer or {}):
+        writer.add_eos_token_id(0)
     writer.add_chat_template("{% for m in messages %}{{ m.content }}{% endfor %}")
     for name, value in tensors.items():
         writer.add_tensor(name, value)
@@ -129,10 +140,9 @@ def test_missing_and_extra_tensors_are_refused(example, tmp_path, capsys):
 
 def test_metadata_of_wrong_types_is_refused(example, tmp_path, capsys):
     _, _, tensors, config, arch = example
-    for name, message in (("rope.freq_base", "its metadata is not that of"), ("block_count", "num_layers must be"),
-                          ("attention.head_count", "its metadata is not that of")):
+    for name in ("rope.freq_base", "block_count", "attention.head_count", "context_length", "vocab_size"):
         write(tmp_path / "text.gguf", config, tensors, arch, **{name: "many"})
-        refused(capsys, tmp_path / "text.gguf", tmp_path / "out", message)
+        refused(capsys, tmp_path / "text.gguf", tmp_path / "out", f"text.gguf: {arch}.{name} must be")
 
 
 @pytest.mark.parametrize("merge", ["ab", "a d"])  # one half; two known tokens that make no token
@@ -140,6 +150,148 @@ def test_merges_that_make_no_tokens_are_refused(example, tmp_path, capsys, merge
     _, _, tensors, config, arch = example
     write(tmp_path / "merges.gguf", config, tensors, arch, merges=["a b", merge])
     refused(capsys, tmp_path / "merges.gguf", tmp_path / "out", "its tokenizer is damaged")
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"rope.scaling.factor": 4.0}, "rope.scaling.factor 4.0 is given without {}.rope.scaling.type"),
+    ({"rope.scaling.attn_factor": 2.0}, "rope.scaling.attn_factor 2.0 is given without"),
+    ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, "is no field of {}.rope.scaling.type 'none'"),
+    ({"rope.scaling.type": "longrope", "rope.scaling.factor": 4.0}, "rope.scaling.type 'longrope' is not supported"),
+    ({"rope.scaling.type": "dynamic", "rope.scaling.factor": 4.0}, "rope.scaling.type 'dynamic' is not supported"),
+    ({"rope.scaling.type": "linear"}, "lacks '{}.rope.scaling.factor'"),
+    ({"rope.scaling.type": 2}, "{}.rope.scaling.type must be a text"),
+    ({"rope.scaling.type": "linear", "rope.scaling.factor": 0.25}, "factor must be a finite number of at least 1"),
+    ({"rope.scaling.type": "linear", "rope.scaling.factor": float("inf")}, "rope.scaling.factor must be a finite"),
+    ({"rope.scaling.type": "linear", "rope.scaling.factor": 2.0, "rope.scaling.attn_factor": 2.0}, "is no field of"),
+    ({"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0}, "lacks '{}.rope.scaling.original_context_length'"),
+    ({"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0, "rope.scaling.original_context_length": 0},
+     "rope.scaling.original_context_length must be an integer of at least 1"),
+    ({"rope.scaling.yarn_log_multiplier": 0.1}, "{}.rope.scaling.yarn_log_multiplier 0.1 is not supported"),
+    ({"rope.scaling.yarn_ext_factor": 0.5}, "rope.scaling.yarn_ext_factor 0.5 is not supported"),
+    ({"rope.scale_linear": 2.0, "rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, "contradict each other"),
+    ({"rope.scale_linear": "2"}, "rope.scale_linear must be"), ({"rope.scale_linear": 0.5}, "factor must be"),
+    ({"rope.dimension_count": 4}, "{}.rope.dimension_count must be the head dimension 8, not 4"),
+    ({"attention.value_length": 16}, "{}.attention.value_length must be the head dimension 8, not 16"),
+    ({"rope.freq_base": 0.0}, "rope_theta must be"), ({"rope.freq_base": float("inf")}, "rope.freq_base must be"),
+    ({"rope.freq_base": float("nan")}, "rope.freq_base must be"), ({"attention.key_length": 0}, "key_length must be"),
+    ({"attention.head_count_kv": 0}, "{}.attention.head_count_kv must be an integer of at least 1, not 0"),
+    ({"attention.head_count": 0}, "{}.attention.head_count must be"), ({"context_length": 0}, "context_length must be"),
+    ({"attention.sliding_window": 64}, "{}.attention.sliding_window 64 is not supported"),
+    ({"attention.scale": 0.5}, "{}.attention.scale 0.5"), ({"logit_scale": 0.5}, "{}.logit_scale 0.5 is not"),
+    ({"residual_scale": 0.5}, "residual_scale"), ({"embedding_scale": 12.0}, "embedding_scale 12.0 is not supported"),
+    ({"expert_count": 8}, "{}.expert_count 8"), ({"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0"),
+    ({"vocab_size": 7}, "vocab_size must be the 18 rows")])
+def test_metadata_that_is_not_computed_is_refused(example, tmp_path, capsys, fields, message):
+    _, _, tensors, config, arch = example
+    write(tmp_path / "bad.gguf", config, tensors, arch, **fields)
+    refused(capsys, tmp_path / "bad.gguf", tmp_path / "out", message.format(arch))
+
+
+@pytest.mark.parametrize(("tokenizer", "message"), [
+    ({"eos_token_id": 99}, "tokenizer.ggml.eos_token_id must be a token id from 0 to 17, not 99"),
+    ({"eot_token_id": 18}, "tokenizer.ggml.eot_token_id must be"), ({"eom_token_id": 18}, "eom_token_id must be"),
+    ({"bos_token_id": 18}, "bos_token_id must be"), ({"eos_token_id": True}, "eos_token_id must be an integer"),
+    ({"add_bos_token": True}, "lacks 'tokenizer.ggml.bos_token_id'"), ({"add_bos_token": 1}, "must be true or false"),
+    ({"add_eos_token": 1, "bos_token_id": 1}, "add_eos_token must be true or false")])
+def test_tokenizers_that_make_no_sense_are_refused(example, tmp_path, capsys, tokenizer, message):
+    _, _, tensors, config, arch = example
+    write(tmp_path / "bad.gguf", config, tensors, arch, tokenizer=tokenizer)
+    refused(capsys, tmp_path / "bad.gguf", tmp_path / "out", message)
+
+
+@pytest.mark.parametrize(("tokenizer", "ends"), [
+    ({"eot_token_id": 1, "eom_token_id": 4}, (0, 1, 4)), ({"eot_token_id": 0}, (0,)), ({"eos_token_id": -1}, ()),
+    ({"eot_token_id": -1}, (0,))])
+def test_end_tokens(example, tmp_path, tokenizer, ends):
+    _, _, tensors, config, arch = example
+    write(tmp_path / "ends.gguf", config, tensors, arch, tokenizer=tokenizer)
+    assert GGUFFile(tmp_path / "ends.gguf").config.eos_token_ids == ends
+
+
+@pytest.mark.parametrize(("pre", "tokenizer", "text", "expected"), [
+    ("smollm", {"bos_token_id": 1}, "ab", ["ab"]),
+    ("smollm", {"bos_token_id": 1, "add_bos_token": True}, "ab", ["<|start|>", "ab"]),
+    ("qwen2", {"add_eos_token": True}, "ab", ["ab", "<|end|>"]),
+    ("gpt-2", {"bos_token_id": 1, "add_bos_token": True, "add_eos_token": True}, "ab", ["<|start|>", "ab", "<|end|>"]),
+    ("llama-bpe", {"bos_token_id": 1}, "ab c", ["<|start|>", "ab", "Ġc"]),
+    ("llama-bpe", {"bos_token_id": 1, "add_bos_token": False}, "1234561", ["123", "4", "5", "6", "1"]),
+    ("qwen2", {}, "1231", ["1", "2", "3", "1"])])
+def test_what_tokenizers_add(example, tmp_path, pre, tokenizer, text, expected):
+    """Llama 3 begins every text, takes three digits at once, and a known piece whole, without merges to it."""
+    _, _, tensors, config, arch = example
+    write(tmp_path / "model.gguf", config, tensors, arch, pre=pre, tokenizer=tokenizer)
+    assert main(["target", str(tmp_path / "model.gguf"), str(tmp_path / "out")]) == 0
+    for source in ("model.gguf", "out"):
+        loaded = load_pretrained(tmp_path / source).tokenizer
+        assert [TOKENS[i] for i in loaded(text)["input_ids"]] == expected
+        plain = [token for token in expected if token not in TOKENS[:2]]
+        assert [TOKENS[i] for i in loaded(text, add_special_tokens=False)["input_ids"]] == plain
+
+
+def test_unknown_metadata_is_noted_once(example, tmp_path, capsys):
+    _, _, tensors, config, arch = example
+    write(tmp_path / "new.gguf", config, tensors, arch, tokenizer={"novel": 1, "add_space_prefix": False},
+          **{"novel_gate": 1, "rope.scaling.finetuned": 1, "expert_count": 0, "rope.dimension_count": config.head_dim})
+    assert main(["target", str(tmp_path / "new.gguf"), str(tmp_path / "out")]) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if "note" in line]
+    assert notes == [f"jetspec-convert: note: {tmp_path / 'new.gguf'}: fields that are not known here are ignored: "
+                     f"'{arch}.novel_gate', 'tokenizer.ggml.novel'"]
+
+
+def move(file, offsets):
+    """Rewrites the offset of the tensors that `offsets` names, which stands at the end of each description."""
+    data = bytearray(file.read_bytes())
+    for tensor in gguf.GGUFReader(file).tensors:
+        if tensor.name in offsets:
+            at = tensor.field.offset + sum(part.nbytes for part in tensor.field.parts) - 8
+            data[at:at + 8] = offsets[tensor.name].to_bytes(8, "little")
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(("offset", "message"), [
+    (1, "begins at offset 1, which is no multiple of the alignment 32"), (0, "inside tensor"), (64, "inside tensor"),
+    (2**20, "not a sound GGUF file"), (2**64 - 32, "not a sound GGUF file"), (2**64 - 1184, "not a sound GGUF file"),
+    (2**63, "not a sound GGUF file")])
+def test_tensors_that_lie_wrong_are_refused(example, tmp_path, capsys, offset, message):
+    """Unaligned, over another, past the end, and so far that 64 bits wrap around into the file."""
+    file = example[0]
+    move(file, {"blk.1.ffn_up.weight": offset})
+    refused(capsys, file, tmp_path / "out", message)
+
+
+def test_big_endian_files_are_refused(example, tmp_path, capsys):
+    _, _, tensors, config, arch = example
+    write(tmp_path / "big.gguf", config, tensors, arch, endianess=gguf.GGUFEndian.BIG)
+    refused(capsys, tmp_path / "big.gguf", tmp_path / "out", "big.gguf is a big-endian GGUF file")
+
+
+@pytest.mark.parametrize(("fields", "scaling", "limit"), [
+    ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, RopeScaling(kind="linear", factor=4), 512),
+    ({"rope.scale_linear": 4.0}, RopeScaling(kind="linear", factor=4), 512), ({"rope.scale_linear": 1.0}, None, 128),
+    ({"rope.scaling.type": "none"}, None, 128), ({"rope.scaling.original_context_length": 32}, None, 128),
+    ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64,
+      "rope.scaling.yarn_beta_fast": 16.0, "rope.scaling.yarn_beta_slow": 0.5, "rope.scaling.attn_factor": 1.1},
+     RopeScaling(kind="yarn", factor=4, original_max_positions=64, beta_fast=16, beta_slow=0.5, truncate=True,
+                 attention_factor=1.1 * (0.1 * math.log(4) + 1)), 256)])
+def test_rope_scaling_is_read(example, tmp_path, fields, scaling, limit):
+    _, _, tensors, config, arch = example
+    write(tmp_path / "scaled.gguf", config, tensors, arch, **fields)
+    read = GGUFFile(tmp_path / "scaled.gguf").config
+    assert (read.rope_scaling, read.max_positions) == (scaling, limit)
+
+
+def test_a_table_of_divisors_is_read(example, tmp_path, capsys):
+    _, _, tensors, config, arch = example
+    table = np.array([1, 1.5, 4, 8], np.float32)
+    write(tmp_path / "table.gguf", config, {**tensors, "rope_freqs.weight": table}, arch)
+    assert main(["target", str(tmp_path / "table.gguf"), str(tmp_path / "out")]) == 0
+    loaded = checkpoint.load_config(tmp_path / "out")
+    assert loaded.rope_scaling == RopeScaling(kind="table", divisors=(1.0, 1.5, 4.0, 8.0))
+    for bad, message in ((table[:3], "3 divisors"), (table - 1, "divisors must be"), (table * np.inf, "divisors must")):
+        write(tmp_path / "bad.gguf", config, {**tensors, "rope_freqs.weight": bad}, arch)
+        refused(capsys, tmp_path / "bad.gguf", tmp_path / "bad", message)
+    write(tmp_path / "both.gguf", config, {**tensors, "rope_freqs.weight": table}, arch, **{"rope.scale_linear": 2.0})
+    refused(capsys, tmp_path / "both.gguf", tmp_path / "bad", "contradict each other")
 
 
 def test_other_architectures_are_refused(example, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -9,12 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from converters import convert
+from converters.names import gguf_name
+from experiments import torch_peer
 from jetspec_jax import TreeConfig, load_pretrained
 from jetspec_jax.attention import causal_bits
 from jetspec_jax.cache import KVCache
 from jetspec_jax.generate import generate
 from jetspec_jax.pretrained import HEADS, cache_folder
 from jetspec_jax.target import target_forward, target_logits
+from tests import test_gguf
 
 torch = pytest.importorskip("torch", reason="extra `parity` is not installed")
 transformers = pytest.importorskip("transformers")
@@ -133,6 +138,85 @@ def test_mixtures_of_experts(tmp_path, case, fused):
     assert all(counts[5] == 0 and counts.max() > 1.5 * counts[counts > 0].min() for counts in chosen)
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
+SCALED = {
+    "linear": ("Llama", {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}),
+    "llama3": ("Llama", {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                         "original_max_position_embeddings": 32, "rope_theta": 1e4}),
+    "llama3, other bounds": ("Qwen3", {"rope_type": "llama3", "factor": 3.0, "low_freq_factor": 0.5,
+                                       "high_freq_factor": 2.0, "original_max_position_embeddings": 40,
+                                       "rope_theta": 1e3}),
+    "yarn": ("Qwen3", YARN),
+    "yarn with an attention factor": ("Llama", {**YARN, "attention_factor": 1.3}),
+    "yarn with other bounds": ("Qwen3", {**YARN, "beta_fast": 6.0, "beta_slow": 0.5, "truncate": False}),
+    "yarn with mscale": ("Qwen3", {**YARN, "mscale": 1.0, "mscale_all_dim": 0.4}),
+}
+
+
+def scaled_model(case, **sizes):
+    kind, rope = SCALED[case]
+    return random_model(kind, {**CASES["qwen3 untied, groups of 2"][1], "rope_parameters": dict(rope),
+                               "max_position_embeddings": 128, **sizes})
+
+
+def assert_same_logits(model, pair, size=100):
+    """Far beyond the original context; and the model is not the one without scaling."""
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, size))
+    with torch.inference_mode():
+        expected = model(torch.tensor(ids)).logits.numpy()
+    scale = max(1, np.abs(expected).max())
+    np.testing.assert_allclose(our_logits(pair, ids)[0], expected, atol=2e-4 * scale)
+    unscaled = replace(pair, target_config=replace(pair.target_config, rope_scaling=None))
+    assert np.abs(our_logits(unscaled, ids)[0] - expected).max() > 0.02 * scale
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("case", SCALED)
+def test_scaled_rotary_embeddings(tmp_path, case, old):
+    """As transformers writes it now, and as older files have it."""
+    model = scaled_model(case)
+    model.save_pretrained(tmp_path)
+    if old:
+        config = json.loads((tmp_path / "config.json").read_text())
+        rope = config.pop("rope_parameters")
+        config["rope_theta"], rope["type"] = rope.pop("rope_theta"), rope.pop("rope_type")
+        (tmp_path / "config.json").write_text(json.dumps({**config, "rope_scaling": rope}))
+    pair = load_pretrained(tmp_path)
+    assert_same_logits(model, pair)
+    peer = type(model)(type(model.config)(**torch_peer.huggingface_fields(pair.target_config)))
+    ours, theirs = peer.model.rotary_emb, model.model.rotary_emb
+    np.testing.assert_allclose(ours.inv_freq, theirs.inv_freq, rtol=1e-6)
+    assert ours.attention_scaling == pytest.approx(theirs.attention_scaling)
+
+
+@pytest.mark.parametrize("case", ["linear", "llama3", "yarn", "yarn with other bounds"])
+def test_scaled_gguf_files(tmp_path, case):
+    """The same weights with llama.cpp's fields, or its tensor of divisors for llama3."""
+    model = scaled_model(case, vocab_size=len(test_gguf.TOKENS), rms_norm_eps=1e-5)
+    model.save_pretrained(tmp_path / "hf")
+    config, rope = convert.read_config(tmp_path / "hf", "target"), SCALED[case][1]
+    arch = "qwen3" if config.qk_norm else "llama"
+    tensors = {gguf_name(name): value.numpy() for name, value in model.state_dict().items()}
+    fields = {"context_length": 128}
+    if rope["rope_type"] == "llama3":
+        inverse, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](model.config)
+        tensors["rope_freqs.weight"] = (1e4 ** -(np.arange(0, 32, 2) / 32) / inverse.numpy()).astype(np.float32)
+    else:
+        fields |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": 4.0}
+    if rope["rope_type"] == "yarn":
+        fields["rope.scaling.original_context_length"] = 32
+        fields |= {f"rope.scaling.yarn_{name}": rope[name] for name in ("beta_fast", "beta_slow") if name in rope}
+    if arch == "llama":
+        for name, value in tensors.items():
+            if name.endswith(("attn_q.weight", "attn_k.weight")):
+                tensors[name] = test_gguf.interleaved(value, config.num_heads if "_q" in name else config.num_kv_heads)
+    test_gguf.write(tmp_path / "model.gguf", config, tensors, arch, **fields)
+    if "truncate" in rope:  # GGUF always has whole bounds
+        model.model.rotary_emb = type(model.model.rotary_emb)(type(model.config)(
+            **{**model.config.to_dict(), "rope_parameters": {**rope, "truncate": True}}))
+    assert_same_logits(model, load_pretrained(tmp_path / "model.gguf"))
+
+
 @pytest.mark.parametrize("case", ["qwen3 untied, groups of 2", "llama tied, biases, head_dim"])
 def test_sharded_files_are_the_same_model(tmp_path, case):
     model = random_model(*CASES[case])
@@ -203,9 +287,12 @@ def test_smollm2_tokenizer_is_the_ggufs_own(smollm2):
                                                         gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
     ids = smollm2.tokenizer(TEXT)["input_ids"]
     assert smollm2.tokenizer.decode(ids) == TEXT
-    assert smollm2.chat("Hi") == theirs.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False,
-                                                            add_generation_prompt=True)
-    chat = smollm2.tokenizer(smollm2.chat("Hi"))["input_ids"]
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."},
+            {"role": "user", "content": "Why?"}]
+    for messages, given in ((talk[:1], "Hi"), (talk, talk)):
+        expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert smollm2.encode(smollm2.chat(given)) == expected
+    chat = smollm2.encode(smollm2.chat("Hi"))
     assert (chat[0], chat.count(2)) == (1, 2)  # <|im_start|> and <|im_end|> are single tokens
     assert all(len(smollm2.tokenizer.decode([i]).strip()) <= 1 for i in smollm2.tokenizer("18038")["input_ids"])
 

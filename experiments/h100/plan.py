@@ -109,7 +109,8 @@ def released_shape(preset: Preset) -> HeadConfig:
     return HeadConfig(
         vocab_size=t.vocab_size, hidden_size=t.hidden_size, intermediate_size=t.intermediate_size, num_layers=5,
         num_heads=t.num_heads, num_kv_heads=t.num_kv_heads, head_dim=t.head_dim, rope_theta=t.rope_theta,
-        rms_norm_eps=t.rms_norm_eps, dtype=t.dtype, block_size=16, num_target_layers=t.num_layers,
+        rope_scaling=t.rope_scaling, rms_norm_eps=t.rms_norm_eps, dtype=t.dtype, block_size=16,
+        num_target_layers=t.num_layers,
         target_layer_ids=default_target_layer_ids(t.num_layers, 5), mask_token_id=t.vocab_size - 1)
 
 

@@ -1,0 +1,120 @@
+"""Fields of a config or header, read with errors that name the file, the field and the value."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jetspec_jax.config import MAX_INT, is_finite, is_integer
+from jetspec_jax.errors import JetSpecError
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What a file says, under its own names; null is the same as absent, and 0 is not.
+
+    Attributes:
+        file: in messages.
+        values: by the full name of the field.
+    """
+
+    file: Path
+    values: Mapping[str, Any]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A value of any type; `default` where it is absent."""
+        value = self.values.get(name)
+        return default if value is None else value
+
+    def integer(self, name: str, default: int | None = None, least: int = 1) -> int:
+        """An integer from `least` on that fits into 32 bits; without a default its absence is an error."""
+        value = self._needed(name, default)
+        if not is_integer(value) or not least <= value <= MAX_INT:
+            raise self.error(name, f"must be an integer of at least {least}")
+        return int(value)
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A finite number; without a default its absence is an error."""
+        value = self._needed(name, default)
+        if not is_finite(value):
+            raise self.error(name, "must be a finite number")
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """True or false."""
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            raise self.error(name, "must be true or false")
+        return value
+
+    def text(self, name: str, default: str | None = None) -> str:
+        """A string; without a default its absence is an error."""
+        value = self._needed(name, default)
+        if not isinstance(value, str):
+            raise self.error(name, "must be a text")
+        return value
+
+    def integers(self, name: str) -> list[int]:
+        """A list of integers; empty where it is absent."""
+        value = self.get(name, [])
+        if not isinstance(value, list) or not all(is_integer(i) for i in value):
+            raise self.error(name, "must be a list of integers")
+        return value
+
+    def within(self, name: str) -> dict[str, Any]:
+        """The object under a name; empty where it is absent."""
+        value = self.get(name, {})
+        if not isinstance(value, dict):
+            raise self.error(name, "must be an object")
+        return value
+
+    def refuse(self, inactive: Mapping[str, tuple[Any, ...]], remedies: Mapping[str, str]) -> None:
+        """Refuses what is not computed here.
+
+        Args:
+            inactive: the fields, each with the values besides null that leave its feature out.
+            remedies: ends of their messages.
+        """
+        for name, values in inactive.items():
+            if self.get(name) is not None and not is_one_of(self.get(name), values):
+                only = f", only {' or '.join(map(json_like, values))}" if values else ""
+                raise JetSpecError(f"{self.file}: {name} {shown(self.get(name))} is not supported{only}"
+                                   f"{remedies.get(name, '')}")
+
+    def error(self, name: str, message: str) -> JetSpecError:
+        """An error about a field that is there."""
+        return JetSpecError(f"{self.file}: {name} {message}, not {shown(self.get(name))}")
+
+    def _needed(self, name: str, default: Any) -> Any:
+        value = self.get(name, default)
+        if value is None:
+            raise JetSpecError(f"{self.file} lacks {name!r}")
+        return value
+
+
+def is_one_of(value: Any, values: tuple[Any, ...]) -> bool:
+    """Whether a value is among others; true is not 1."""
+    return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in values)
+
+
+def json_like(value: Any) -> str:
+    """A value as config files write it."""
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def shown(value: Any) -> str:
+    """A value in at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+@contextlib.contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Puts the file before what a description says of its own fields."""
+    try:
+        yield
+    except JetSpecError as error:
+        raise JetSpecError(f"{file}: {error}") from error
