@@ -24,6 +24,7 @@ from jetspec_jax.layers import AttentionContext, DecoderLayer, RMSNorm, dense
 from jetspec_jax.rotary import rotary_tables
 from jetspec_jax.target import target_embed, target_logits
 from jetspec_jax.tree import DraftTree, assemble_tree
+from pallas_kernels.tree_build.reference import bounded
 
 
 class AutoregressiveOutput(NamedTuple):
@@ -211,7 +212,8 @@ class AutoregressiveDrafter:
         """The W most likely next tokens of each row and their log-probabilities."""
         with jax.named_scope("lm_head"):
             logits = target_logits(self.target, params.target, hidden.astype(self.target.jnp_dtype))
-        return top_logp(logits, self._width, self.head.kernels, self.target.shards)
+        tokens, logp = top_logp(logits, self._width, self.head.kernels, self.target.shards)
+        return tokens, bounded(logp)
 
     def propose(self, params: Params, state: AutoregressiveState, tokens: Array,
                 position: Array) -> tuple[DraftTree, AutoregressiveState]:

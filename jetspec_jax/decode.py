@@ -19,7 +19,7 @@ from jetspec_jax.cache import KVCache
 from jetspec_jax.collectives import count_everywhere
 from jetspec_jax.config import TargetConfig
 from jetspec_jax.draft import Drafter, Params, Prompt
-from jetspec_jax.sampling import Sampler, choose
+from jetspec_jax.sampling import NO_TOKEN, Sampler, choose
 from jetspec_jax.target import TargetOutput, target_forward, target_logits
 from jetspec_jax.tree import DraftTree
 from jetspec_jax.verify import AcceptedPath, accept
@@ -48,7 +48,7 @@ class DecodeState:
     in the target's cache. A sequence that is done keeps all its arrays as they are.
     """
 
-    tokens: Array  # int32 [B, S], prompt and answer
+    tokens: Array  # int32 [B, S], prompt and answer; the latter ends in NO_TOKEN if the target gave no finite logits
     length: Array  # int32 [B], committed tokens
     limit: Array  # int32 [B], length at which the sequence must end
     done: Array  # bool [B]
@@ -56,7 +56,7 @@ class DecodeState:
     drafter: Any  # what the drafter carries
     sampler: Sampler
     keys: Array  # [B] random keys, one per sequence
-    eos: Array  # int32 [E], token ids that end a sequence; -1 matches none
+    eos: Array  # int32 [E], token ids that end a sequence, and -1
     rounds: Array  # int32 [B]
     accept_lengths: Array  # int32 [B, S], per round, the free token included
     tree_sizes: Array  # int32 [B, S], per round
@@ -149,7 +149,7 @@ def insert(decoder: Decoder, state: DecodeState, prefix: Prefix, rows: Array, to
     prompt = jnp.where(slot < count[:, None], padded, 0)
     started = jnp.where(slot == count[:, None], prefix.first_token[:, None], prompt)
     length = count + 1
-    done = (length >= limit) | jnp.any(prefix.first_token[:, None] == state.eos[None, :], axis=1)
+    done = (length >= limit) | ends(prefix.first_token, state.eos)
 
     def put(old: Array, new: Array) -> Array:
         return old.at[rows].set(new, mode="drop")
@@ -210,11 +210,11 @@ def record(state: DecodeState, path: AcceptedPath, count: Array, tree_size: Arra
     at = jnp.where(new, state.length[:, None] + step, slots)
     tokens = state.tokens.at[sequence, at].set(path.tokens, mode="drop")
 
-    is_eos = new & jnp.any(path.tokens[:, :, None] == state.eos[None, None, :], axis=-1)
-    up_to_eos = jnp.where(jnp.any(is_eos, axis=1), jnp.argmax(is_eos, axis=1).astype(jnp.int32) + 1, count)
-    length = jnp.minimum(state.length + up_to_eos, state.limit)
+    is_end = new & ends(path.tokens, state.eos)
+    up_to_end = jnp.where(jnp.any(is_end, axis=1), jnp.argmax(is_end, axis=1).astype(jnp.int32) + 1, count)
+    length = jnp.minimum(state.length + up_to_end, state.limit)
     active = ~state.done
-    done = state.done | (length >= state.limit) | jnp.any(is_eos, axis=1)
+    done = state.done | (length >= state.limit) | jnp.any(is_end, axis=1)
 
     here = jnp.where(active, state.rounds, slots)[:, None]  # a finished sequence logs nothing
     return replace(
@@ -223,6 +223,11 @@ def record(state: DecodeState, path: AcceptedPath, count: Array, tree_size: Arra
         rounds=state.rounds + active.astype(jnp.int32),
         accept_lengths=state.accept_lengths.at[sequence, here].set(count[:, None], mode="drop"),
         tree_sizes=state.tree_sizes.at[sequence, here].set(tree_size[:, None], mode="drop"))
+
+
+def ends(tokens: Array, eos: Array) -> Array:
+    """Which tokens int32 [...] end a sequence: those of `eos` int32 [E], and where there is none."""
+    return (tokens == NO_TOKEN) | jnp.any(tokens[..., None] == eos.reshape((1,) * tokens.ndim + (-1,)), axis=-1)
 
 
 def run_rounds(decoder: Decoder, params: Params, state: DecodeState, max_rounds: Array,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from jetspec_jax.draft import Drafter, HeadDrafter, NoDrafter, plain_nodes
 from jetspec_jax.errors import JetSpecError
 from jetspec_jax.lookup import LookupDrafter
 from jetspec_jax.pair import Pair
-from jetspec_jax.sampling import Sampler, sequence_keys
+from jetspec_jax.sampling import NO_TOKEN, Sampler, sequence_keys
 from jetspec_jax.sharding import fetch, over_mesh, put, shards_of
 from jetspec_jax.text import TextStream
 from jetspec_jax.tiles import is_large
@@ -54,11 +55,13 @@ class Generation:
         accept_lengths: per round, how many tokens it added (the free token included; not clipped at the end).
         tree_sizes: per round, how many nodes were verified.
         rounds: how many rounds it took; the first token comes from the prompt and belongs to none.
-        finish_reason: "stop" (an end token), "length" (max_new_tokens) or "context" (the target's context limit).
+        finish_reason: "stop" (an end token), "length" (max_new_tokens), "context" (the target's context limit) or
+            "error" (then the tokens are those before it).
         seconds: wall-clock time from its prompt until it was handed out, compilation excluded. Where nothing waits to
             refill a row, all rows of a batch are handed out together.
         prompt_seconds: the part of `seconds` that went into the prompts it was read with.
         compile_seconds: what the whole call spent compiling, up to this answer.
+        error: what went wrong and what may help, where the target's logits are not finite; None otherwise.
     """
 
     text: str | None
@@ -70,6 +73,7 @@ class Generation:
     seconds: float
     prompt_seconds: float
     compile_seconds: float
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -111,10 +115,12 @@ def generate(pair: Pair, prompt: Prompt | Sequence[Prompt], *, max_new_tokens: i
         seed: of the noise.
 
     Returns:
-        A `Generation`, or a list of them for a list of prompts.
+        A `Generation`, or a list of them for a list of prompts. An answer in which the target's logits are not finite
+        ends there, with the `error` in its `Generation` and a warning; the others go on.
 
     Raises:
-        JetSpecError: an argument that makes no sense, or a prompt that is empty or too long.
+        JetSpecError: an argument that makes no sense, a prompt that is empty or too long, or the error of a single
+            prompt's answer.
 
     Example:
         pair = load_pretrained("smollm2-135m")
@@ -122,7 +128,8 @@ def generate(pair: Pair, prompt: Prompt | Sequence[Prompt], *, max_new_tokens: i
     """
     single, prompts = _as_list(prompt)
     results: list[Any] = [None] * len(prompts)
-    for chunk in _run(pair, prompts, max_new_tokens, batch_size, tree, sampling, eos_token_ids, seed, None):
+    chunks = _run(pair, prompts, max_new_tokens, batch_size, tree, sampling, eos_token_ids, seed, None)
+    for chunk in _with_errors(chunks, single):
         if chunk.result is not None:
             results[chunk.index] = chunk.result
     return results[0] if single else results
@@ -136,11 +143,25 @@ def stream(pair: Pair, prompt: Prompt | Sequence[Prompt], *, max_new_tokens: int
 
     Yields:
         `StreamChunk`s; the last one of each prompt carries its `Generation`.
+
+    Raises:
+        JetSpecError: as `generate`; the error of a single prompt's answer comes after its last chunk.
     """
     if not is_integer(rounds_per_chunk) or rounds_per_chunk < 1:
         raise JetSpecError(f"rounds_per_chunk must be an integer of at least 1, not {rounds_per_chunk!r}")
-    _, prompts = _as_list(prompt)
-    return _run(pair, prompts, max_new_tokens, batch_size, tree, sampling, eos_token_ids, seed, rounds_per_chunk)
+    single, prompts = _as_list(prompt)
+    chunks = _run(pair, prompts, max_new_tokens, batch_size, tree, sampling, eos_token_ids, seed, rounds_per_chunk)
+    return _with_errors(chunks, single)
+
+
+def _with_errors(chunks: Iterator[StreamChunk], single: bool) -> Iterator[StreamChunk]:
+    """Passes chunks on, and makes sure that nobody overlooks an answer that ended in an error."""
+    for chunk in chunks:
+        yield chunk
+        if chunk.result is not None and chunk.result.error is not None:
+            if single:
+                raise JetSpecError(chunk.result.error)
+            warnings.warn(chunk.result.error, RuntimeWarning, stacklevel=2)
 
 
 def bucket(size: int, smallest: int) -> int:
@@ -297,19 +318,24 @@ class Run:
             tokens, length, done, rounds, accepted, sizes = (array[b] for array in host)
             answer = tokens[len(request.ids):length].tolist()
             result = None
+            accepted, sizes = accepted[:rounds].tolist(), sizes[:rounds].tolist()
             if done:
                 rows[b] = None
-                result = self._result(request, answer, accepted[:rounds].tolist(), sizes[:rounds].tolist())
+                result = self._result(request, answer, accepted, sizes)
+                answer, accepted = result.token_ids, result.accept_lengths
             text = self._new_text(request, answer, bool(done)) if with_text else ""
-            chunk = StreamChunk(request.index, text, answer[request.told:],
-                                accepted[request.told_rounds:rounds].tolist(), result)
+            chunk = StreamChunk(request.index, text, answer[request.told:], accepted[request.told_rounds:], result)
             request.told, request.told_rounds = len(answer), int(rounds)
             yield chunk
 
     def _result(self, request: Request, answer: list[int], accepted: list[int], sizes: list[int]) -> Generation:
         compiled = self.pair.programs.compile_seconds
-        reason = "length"
-        if answer[-1] in self.eos:
+        reason, error = "length", None
+        if answer[-1] == NO_TOKEN:
+            answer = answer[:-1]
+            accepted = [*accepted[:-1], *(length - 1 for length in accepted[-1:])]
+            reason, error = "error", not_finite(request.index, len(answer), self.pair.target_config.dtype)
+        elif answer[-1] in self.eos:
             reason = "stop"
         elif len(answer) < self.max_new_tokens:
             reason = "context"
@@ -317,7 +343,7 @@ class Run:
             text=self._decode(answer), token_ids=answer, accept_lengths=accepted, tree_sizes=sizes,
             rounds=len(accepted), finish_reason=reason,
             seconds=time.perf_counter() - request.started - (compiled - request.compiled_before),
-            prompt_seconds=request.prompt_seconds, compile_seconds=compiled - self.compile_start)
+            prompt_seconds=request.prompt_seconds, compile_seconds=compiled - self.compile_start, error=error)
 
     def _decode(self, ids: list[int]) -> str | None:
         if self.pair.tokenizer is None:
@@ -331,6 +357,13 @@ class Run:
         if request.text is None:
             request.text = TextStream(self.pair.tokenizer)
         return request.text.add(answer, done)
+
+
+def not_finite(index: int, tokens: int, dtype: str) -> str:
+    """The error of an answer that ends after so many tokens, because the target's logits there are not finite."""
+    wider = {"float16": "bfloat16 or float32 (dtype=, --dtype)"}.get(dtype, "float64, or check the weights")
+    return (f"prompt {index}: the target's logits are not finite after {tokens} tokens of the answer; probably its "
+            f"values overflow {dtype}: load it in {wider}")
 
 
 def default_tree(pair: Pair) -> TreeConfig:

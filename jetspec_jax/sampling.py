@@ -16,6 +16,8 @@ from jetspec_jax.collectives import all_max, all_sum, own_part, own_start, side_
 from jetspec_jax.config import SamplingParams
 from pallas_kernels.top_w.reference import argmax_last
 
+NO_TOKEN = -1  # in the place of a token where logits are not finite: equals none, and ends an answer
+
 
 @struct.dataclass
 class Sampler:
@@ -57,7 +59,7 @@ def choose(sampler: Sampler, logits: Array, keys: Array, position: Array, offset
         depths: number of different offsets, so that noise is made once per position and not per node.
 
     Returns:
-        int32 [B, N].
+        int32 [B, N]; `NO_TOKEN` where the logits hold a NaN or plus infinity, or are all minus infinity.
     """
     if sampler.greedy:
         return argmax_everywhere(logits, sampler.shards)
@@ -73,14 +75,18 @@ def choose(sampler: Sampler, logits: Array, keys: Array, position: Array, offset
 
 
 def argmax_everywhere(x: Array, shards: int) -> Array:
-    """`argmax_last` where each device holds a part of the last axis: the index in the whole axis, on all of them."""
-    best = argmax_last(x)
-    if shards == 1:
-        return best
-    peak = jnp.take_along_axis(x, best[..., None], axis=-1)
-    index = side_by_side((best + own_start(x.shape[-1], shards))[..., None], shards)  # [..., shards]
-    winner = jnp.argmax(side_by_side(peak, shards), axis=-1, keepdims=True)  # the first of equals has the lowest index
-    return jnp.take_along_axis(index, winner, axis=-1)[..., 0]
+    """`argmax_last` where each device holds a part of the last axis: the index in the whole axis, on all of them.
+
+    `NO_TOKEN` where the maximum is not finite; a NaN counts as the maximum.
+    """
+    index = argmax_last(x)[..., None]
+    peak = jnp.take_along_axis(x, index, axis=-1)
+    if shards > 1:
+        index = side_by_side(index + own_start(x.shape[-1], shards), shards)  # [..., shards]
+        peak = side_by_side(peak, shards)
+        winner = jnp.argmax(peak, axis=-1, keepdims=True)  # the first of equals has the lowest index
+        index, peak = (jnp.take_along_axis(part, winner, axis=-1) for part in (index, peak))
+    return jnp.where(jnp.isfinite(peak), index, NO_TOKEN)[..., 0]
 
 
 def log_softmax(x: Array, shards: int) -> Array:
@@ -90,17 +96,22 @@ def log_softmax(x: Array, shards: int) -> Array:
 
 
 def warp(sampler: Sampler, logits: Array) -> Array:
-    """Log-probabilities [..., V] after temperature, top-k and top-p; what is cut has -inf."""
-    logits = logits / sampler.temperature.astype(logits.dtype)
+    """Log-probabilities [..., V] after temperature, top-k and top-p; what is cut has -inf.
+
+    Comparisons ask for what is below a threshold, so that a NaN is never cut: it makes the whole row NaN.
+    """
+    # The best is at zero before the division, which a small temperature would otherwise make infinite.
+    peak = all_max(jnp.max(logits, axis=-1, keepdims=True), sampler.shards)
+    logits = (logits - peak) / sampler.temperature.astype(logits.dtype)
     if sampler.use_top_k:
         ones = jnp.ones_like(logits)
         count = jnp.minimum(sampler.top_k, logits.shape[-1] * sampler.shards).astype(logits.dtype)
         cut = mass_threshold(logits, ones, count, sampler.shards)
-        logits = jnp.where(logits >= cut, logits, -jnp.inf)
+        logits = jnp.where(logits < cut, -jnp.inf, logits)
     logp = log_softmax(logits, sampler.shards)
     if sampler.use_top_p:
         cut = mass_threshold(logp, jnp.exp(logp), sampler.top_p.astype(logp.dtype), sampler.shards)
-        logp = log_softmax(jnp.where(logp >= cut, logp, -jnp.inf), sampler.shards)
+        logp = log_softmax(jnp.where(logp < cut, -jnp.inf, logp), sampler.shards)
     return logp
 
 
@@ -109,7 +120,8 @@ def mass_threshold(x: Array, weight: Array, mass: Array, shards: int = 1) -> Arr
 
     Floats are mapped to integers of the same order and the threshold is bisected bit by bit: 32 (64 for float64)
     passes over x, each a compare and a sum (over all devices where they share the axis). Ties at the threshold are all
-    kept. If rounding keeps the whole sum just below `mass`, the threshold falls below every value and nothing is cut.
+    kept. If rounding keeps the whole sum just below `mass`, the threshold falls below every value and nothing is cut;
+    if `mass` is so small that it counts as zero, the threshold is still no higher than the largest value.
     """
     ordered = _ordered_bits(x)
     word = ordered.dtype
@@ -118,7 +130,7 @@ def mass_threshold(x: Array, weight: Array, mass: Array, shards: int = 1) -> Arr
     def refine(i: Array, low: Array) -> Array:
         tried = low | (jnp.ones((), word) << (jnp.asarray(bits - 1, word) - i.astype(word)))
         above = all_sum(jnp.sum(jnp.where(ordered >= tried, weight, 0), axis=-1, keepdims=True), shards)
-        return jnp.where(above >= mass, tried, low)
+        return jnp.where((above >= mass) & (above > 0), tried, low)
 
     low = lax.fori_loop(jnp.int32(0), jnp.int32(bits), refine, jnp.zeros((*x.shape[:-1], 1), word))
     kept = ordered >= low

@@ -1,4 +1,4 @@
-"""The product: tree decoding gives the tokens of plain decoding. In float64, exactly."""
+"""The product: tree decoding gives the tokens of plain decoding. In float64, everywhere but at exact ties."""
 
 import dataclasses
 
@@ -110,3 +110,34 @@ def test_float32_differs_only_at_near_ties(builder, make):
                                  jnp.zeros((1,), jnp.int32))
             logits = np.asarray(target_logits(target, pair.params.target, out.hidden[0, -1]))
             assert abs(logits[tree[at]] - logits[plain[at]]) < 1e-4
+
+
+@pytest.fixture(scope="module")
+def twins():
+    """(half the vocabulary, answers of a tree and of plain decoding): every LM-head column is there twice."""
+    half, width = 2499, 128
+    target = tiny_target(vocab_size=2 * half + 1, hidden_size=width, num_layers=1, num_heads=1, num_kv_heads=1,
+                         intermediate_size=16)
+    pair = random_pair(0, target, tiny_head(target, target_layer_ids=(0,), num_heads=1, block_size=3))
+    params = pair.params.target["params"]
+    params["lm_head"] = params["lm_head"].at[:, half:2 * half].set(params["lm_head"][:, :half])
+    prompts = [np.random.default_rng(i).integers(0, 2 * half, 10).tolist() for i in range(6)]
+    tree, plain = ([a.token_ids for a in generate(pair, prompts, max_new_tokens=20, tree=tree, batch_size=1)]
+                   for tree in (TreeConfig("accum_logp", 5, 16), None))
+    return half, tree, plain
+
+
+def test_exact_ties_differ_by_nothing_else(twins):
+    """Until an answer differs from the plain one, it is the same; where it differs, by a twin."""
+    half, trees, plains = twins
+    for tree, plain in zip(trees, plains, strict=True):
+        first = next(((a, b) for a, b in zip(tree, plain, strict=True) if a != b), None)
+        assert first is None or abs(first[0] - first[1]) == half
+
+
+@pytest.mark.xfail(strict=False, reason="a product rounds a column differently in a tree's rows than in the one row of "
+                                        "plain decoding, so that two equal columns are told apart by rounding; which "
+                                        "processors do it depends on the library of products")
+def test_exact_ties_are_the_plain_tokens(twins):
+    _, trees, plains = twins
+    assert trees == plains

@@ -267,7 +267,7 @@ def loss_and_metrics(target: TargetConfig, head: DrafterConfig, config: TrainCon
                         config.remat)
     loss, drafted, taught = slot_losses(target, target_params, slots, batch.subset, config)
     weight = jnp.where(slots.real, depth_weights(loss.shape[-1], config.gamma)[None, None], 0)
-    loss = jnp.sum(loss * weight) / jnp.maximum(jnp.sum(weight), 1e-9)
+    loss = jnp.sum(jnp.where(weight > 0, loss * weight, 0)) / jnp.maximum(jnp.sum(weight), 1e-9)
 
     def mean(values: Array, over: Array) -> Array:
         total = jnp.sum(jnp.where(over, values.astype(jnp.float32), 0))

@@ -99,6 +99,8 @@ class _RecordingRun(Run):
         before = {request.index: (b, request) for b, request in enumerate(rows) if request is not None}
         for chunk in super()._report(state, rows, with_text):
             if chunk.result is not None:
+                if chunk.result.error is not None:  # a target that overflows has nothing to teach
+                    raise JetSpecError(chunk.result.error)
                 b, request = before[chunk.index]
                 tokens = np.asarray(request.ids + chunk.result.token_ids, np.int32)
                 states = np.asarray(state.drafter.states[b])[:len(tokens) - 1].copy()
@@ -116,7 +118,7 @@ def record_answers(pair: Pair, prompts: Sequence[Prompt], layers: tuple[int, ...
         indices: the prompts' own numbers, which key their noise; by default their place in the list.
 
     Raises:
-        JetSpecError: prompts that cannot be read, or a pair on a mesh.
+        JetSpecError: prompts that cannot be read, a pair on a mesh, or logits that are not finite.
     """
     if pair.mesh is not None:
         raise JetSpecError("answers are recorded on one device: load the pair without a mesh (several processes can "

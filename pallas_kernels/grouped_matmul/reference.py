@@ -30,7 +30,9 @@ def grouped_mlp(x: Array, experts: Array, weights: Array, gate_up: Array, down: 
     def add(expert: Array, chosen: Array, total: Array) -> Array:
         gate, up = jnp.split(product(x, gate_up[expert]), 2, axis=-1)
         out = product((jax.nn.silu(gate) * up).astype(x.dtype), down[expert])
-        return total + jnp.sum(jnp.where(chosen, weights, 0), axis=1, keepdims=True) * out
+        weight = jnp.sum(jnp.where(chosen, weights, 0), axis=1, keepdims=True)
+        # Other tokens' results are not multiplied by zero: they may be infinite.
+        return total + jnp.where(jnp.any(chosen, axis=1, keepdims=True), weight * out, 0)
 
     def one_expert(expert: Array, total: Array) -> Array:
         chosen = experts == expert

@@ -14,10 +14,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 PIECE = 4096  # logits per block
+LARGEST = float(jnp.finfo(jnp.float32).max)
 
 
 def top_w(logits: Array, width: int, skip: int = 0, *, interpret: bool = False) -> tuple[Array, Array]:
-    """The same as `reference.top_w`, for finite logits.
+    """The same as `reference.top_w`; what is NaN or infinite counts as the nearest finite number, NaN as the lowest.
 
     Raises:
         NotImplementedError: a shape or dtype that the kernel does not take.
@@ -66,6 +67,9 @@ def _piece(
     at = (pl.ds(b, 1), pl.ds(row + skip, 1), pl.ds(i * piece, piece))
     values = pltriton.load(logits_ref.at[at], mask=(tokens < logits_ref.shape[2]).reshape(1, 1, piece),
                            other=-jnp.inf).reshape(piece)
+    # Different tokens come out whatever went in: -inf is kept for what was taken, and a NaN equals nothing.
+    values = jnp.where(tokens < logits_ref.shape[2], jnp.where(values > -LARGEST, values, -LARGEST), -jnp.inf)
+    values = jnp.where(values < LARGEST, values, LARGEST)
     for w, (top, token) in enumerate(_best(values, tokens, value_ref.shape[3])):
         value_ref[b, row, i, w], token_ref[b, row, i, w] = top, token
         if w == 0:

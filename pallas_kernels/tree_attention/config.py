@@ -42,7 +42,8 @@ def choose_config(batch: int, queries: int, heads: int, kv_heads: int, width: in
     themselves; of fewer rows up to 128 go into a block, which then meets more keys alone. Keys are split until every
     multiprocessor has a block (two of 64 lines, which fit side by side), but into no more than pieces of 256 slots.
     Full float32 products have no tensor core and keep all their numbers in registers: few rows and keys at a time, and
-    of wide heads no keys in advance, or thousands of bytes a thread are spilled.
+    of wide heads no keys in advance, or thousands of bytes a thread are spilled; the copies of a lone query take twice
+    the threads.
 
     Args:
         itemsize: bytes of a number.
@@ -69,4 +70,5 @@ def choose_config(batch: int, queries: int, heads: int, kv_heads: int, width: in
         splits *= 2
     large = wide or nodes * group >= 128
     stages = 1 if wide and width > 64 else 2 if large else 3
-    return TreeAttentionConfig(nodes=nodes, keys=keys, splits=splits, warps=8 if large else 4, stages=stages)
+    warps = 16 if wide and queries == 1 else 8 if large else 4
+    return TreeAttentionConfig(nodes=nodes, keys=keys, splits=splits, warps=warps, stages=stages)

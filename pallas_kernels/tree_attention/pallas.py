@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels.tree_attention.config import WORD, TreeAttentionConfig, choose_config, padded
+from pallas_kernels.tree_attention.reference import settle
 
 LOWEST = -1e30  # stands for -inf where a difference of two must not be NaN
 LOG2_E = 1.4426950408889634
@@ -115,13 +116,15 @@ def _kernel(
     def committed(i, carry):
         at = (pl.ds(layer, 1), pl.ds(b, 1), pl.ds(head, 1), pl.ds(i * config.keys, config.keys), slice(None))
         slot = i * config.keys + lax.broadcasted_iota(jnp.int32, (1, config.keys), 1)
-        return meet(cache_k_ref[at].reshape(config.keys, width), cache_v_ref[at].reshape(config.keys, width),
-                    slot < cached, carry)
+        # What lies beyond the prefix is not even read: a weight of zero would not put an infinite value away.
+        v = pltriton.load(cache_v_ref.at[at], mask=(slot < cached).reshape(1, 1, 1, config.keys, 1), other=0.0)
+        return meet(cache_k_ref[at].reshape(config.keys, width), v.reshape(config.keys, width), slot < cached, carry)
 
     def fresh(j, carry):
         columns = min(WORD, k_ref.shape[1])
         at = (pl.ds(b, 1), pl.ds(j * WORD, columns), pl.ds(head, 1), slice(None))
-        k, v = (jnp.broadcast_to(ref[at].reshape(columns, width), (WORD, width)) for ref in (k_ref, v_ref))
+        k, v = settle(*(ref[at].reshape(columns, width) for ref in (k_ref, v_ref)))
+        k, v = (jnp.broadcast_to(x, (WORD, width)) for x in (k, v))
         word = bits_ref[pl.ds(b, 1), pl.ds(block * nodes, stored), pl.ds(j, 1)].reshape(stored, 1, 1)
         column = lax.broadcasted_iota(jnp.int32, (nodes, group, WORD), 2)
         mask = (lax.shift_right_logical(jnp.broadcast_to(word, column.shape), column) & 1).reshape(lines, WORD) == 1

@@ -19,12 +19,24 @@ def block_size(batch: int, kv_heads: int, width: int) -> int:
     return min(MAX_BLOCK, max(MIN_BLOCK, 1 << max(fitting, 1).bit_length() - 1))
 
 
+def settle(keys: Array, values: Array) -> tuple[Array, Array]:
+    """Moves what is not finite from values to keys, [..., C] each: such a value becomes zero and its key NaN.
+
+    A mask chooses between scores but multiplies values by a weight of zero, and zero times infinity is NaN. So a query
+    that sees such a token gets NaN through its score, and one that does not meets a zero.
+    """
+    finite = (jnp.abs(values) < jnp.inf).astype(jnp.int32)  # spelt so that Triton knows it
+    sound = jnp.min(finite, axis=-1, keepdims=True) == 1
+    return jnp.where(sound, keys, jnp.nan), jnp.where(sound, values, 0)
+
+
 def tree_attention(q: Array, new_k: Array, new_v: Array, visible: Array, cache_k: Array, cache_v: Array,
                    layer: Array | int, cached: Array) -> Array:
     """Softmax attention over the first `cached` cache slots and the visible new tokens.
 
-    Scores are scaled by 1/sqrt(C); softmax and sums are float32 (float64 for float64). Keys are met block by block
-    with a running maximum, so nothing of the size of the cache is ever materialised.
+    A token that a query does not see adds nothing to it, whatever its key and value hold. Scores are scaled by
+    1/sqrt(C); softmax and sums are float32 (float64 for float64). Keys are met block by block with a running maximum,
+    so nothing of the size of the cache is ever materialised.
 
     Args:
         q: [B, N, H, C].
@@ -62,7 +74,7 @@ def tree_attention(q: Array, new_k: Array, new_v: Array, visible: Array, cache_k
     empty = (jnp.zeros(rows.shape, wide), jnp.zeros((*rows.shape[:3], 1), wide),
              jnp.full((*rows.shape[:3], 1), -jnp.inf, wide))
     seen = jnp.tile(unpack_bits(visible, new), (1, group, 1))[:, None]  # [B, 1, group*N, M]
-    carry = partial_softmax(new_k.transpose(0, 2, 1, 3), new_v.transpose(0, 2, 1, 3), seen, empty)
+    carry = partial_softmax(*settle(new_k.transpose(0, 2, 1, 3), new_v.transpose(0, 2, 1, 3)), seen, empty)
 
     block = min(block_size(batch, kv_heads, width), slots)
     layer = jnp.asarray(layer, jnp.int32)
@@ -75,8 +87,8 @@ def tree_attention(q: Array, new_k: Array, new_v: Array, visible: Array, cache_k
         at = (layer, zero, zero, start, zero)
         slot = start + jnp.arange(block, dtype=jnp.int32)[None, :]
         mask = (slot >= wanted) & (slot < cached[:, None])  # [B, block]
-        return partial_softmax(lax.dynamic_slice(cache_k, at, piece)[0], lax.dynamic_slice(cache_v, at, piece)[0],
-                               mask[:, None, None, :], carry)
+        keys, values = (lax.dynamic_slice(side, at, piece)[0] for side in (cache_k, cache_v))
+        return partial_softmax(keys, jnp.where(mask[:, None, :, None], values, 0), mask[:, None, None, :], carry)
 
     blocks = (jnp.max(cached) + block - 1) // block
     total, norm, _ = lax.fori_loop(zero, blocks.astype(jnp.int32), over_cache, carry)

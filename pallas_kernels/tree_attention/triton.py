@@ -110,6 +110,7 @@ def tree_attention_kernel(
             token = j * WORD + column
             k = _load(k_ptr, (b * new + token) * kv_heads + head, token < new, width, columns)
             v = _load(v_ptr, (b * new + token) * kv_heads + head, token < new, width, columns)
+            k, v = _settle(k, v)
             word = tl.load(bits_ptr + (b * queries + node) * words + j, mask=here, other=0)
             mask = ((word[:, None] >> column[None, :]) & 1) == 1
             total, norm, peak = _meet(q, k, v, mask, total, norm, peak, scale, interpreted)
@@ -132,6 +133,14 @@ def _meet(q, k, v, mask, total, norm, peak, scale: tl.constexpr, interpreted: tl
     decay = tl.exp2(peak - new_peak)
     total = total * decay[:, None] + _dot(weights.to(v.dtype), v, interpreted)
     return total, norm * decay + tl.sum(weights, 1), new_peak
+
+
+@triton.jit
+def _settle(k, v):
+    """`reference.settle` of keys and values [X, C]."""
+    wide_k, wide_v = k.to(tl.float32), v.to(tl.float32)  # Triton's interpreter has no constants of bfloat16
+    sound = (tl.min((tl.abs(wide_v) < float("inf")).to(tl.int32), 1) == 1)[:, None]
+    return tl.where(sound, wide_k, float("nan")).to(k.dtype), tl.where(sound, wide_v, 0.0).to(v.dtype)
 
 
 @triton.jit

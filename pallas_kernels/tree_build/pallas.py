@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels.tree_build.reference import LOWEST, Tree
+from pallas_kernels.tree_build.reference import Tree, bounded
 
 WORD = 32  # nodes per word of ancestor bits
 BITS_PER_THREAD = 32  # words of ancestor bits held by one thread
@@ -70,7 +70,7 @@ def _kernel(
 
     def chance(level, which):
         """Log-probability of one child at a level; there is none below the last."""
-        return jnp.maximum(logp_ref[b, jnp.minimum(level, depths - 1), which], LOWEST)
+        return bounded(logp_ref[b, jnp.minimum(level, depths - 1), which])
 
     def inserts(carry, found, best, level, children):
         """Puts `children`, pairs of token and score, below `best` into the next lanes."""

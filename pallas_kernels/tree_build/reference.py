@@ -9,8 +9,7 @@ from jax import Array, lax
 
 from pallas_kernels.tree_attention.bits import pack_bits
 
-# Log-probabilities are kept finite, so that an impossible token (-inf) still orders and adds.
-LOWEST = -1e30
+LOWEST = -1e30  # of log-probabilities: finite, so that an impossible token (-inf) still orders and adds
 
 Tree = tuple[Array, Array, Array, Array, Array, Array]  # token, parent, depth, score, ancestors, size
 
@@ -21,7 +20,7 @@ def tree_build(anchor: Array, tokens: Array, logp: Array, nodes: int, best_first
     Args:
         anchor: int32 [B], the root's token.
         tokens: int32 [B, G-1, W], the W most likely tokens of each depth, most likely first.
-        logp: float [B, G-1, W], their log-probabilities.
+        logp: float [B, G-1, W], their log-probabilities; any score at all gives a tree (see `bounded`).
         nodes: N; at most as many as the tree can have.
         best_first: the N best prefixes (DDTree); or all W children of the best node at once (the published default).
 
@@ -29,8 +28,12 @@ def tree_build(anchor: Array, tokens: Array, logp: Array, nodes: int, best_first
         (token, parent, depth int32 [B, N], score float [B, N], ancestors uint32 [B, N, ceil(N/32)], size int32 [B]), as
         `jetspec_jax.tree.DraftTree` says.
     """
-    logp = jnp.maximum(logp, jnp.asarray(LOWEST, logp.dtype))
-    return (grow_best_first if best_first else grow_accum_logp)(nodes, anchor, tokens, logp)
+    return (grow_best_first if best_first else grow_accum_logp)(nodes, anchor, tokens, bounded(logp))
+
+
+def bounded(logp: Array) -> Array:
+    """Log-probabilities from `LOWEST` to 0, a NaN the lowest: no child then scores above its parent."""
+    return jnp.where(logp > LOWEST, jnp.minimum(logp, 0), LOWEST)
 
 
 def grow_accum_logp(nodes: int, anchor: Array, tokens: Array, logp: Array) -> Tree:
