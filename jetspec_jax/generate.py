@@ -99,7 +99,8 @@ def generate(pair: Pair, prompt: Prompt | Sequence[Prompt], *, max_new_tokens: i
              batch_size: int | None = None, tree: Draft | None = "auto",
              sampling: SamplingParams = DEFAULT_SAMPLING, eos_token_ids: Sequence[int] | None = None,
              seed: int = 0) -> Any:
-    """Answers one prompt or many; losslessly: the tokens are those of plain decoding.
+    """Answers one prompt or many; losslessly: the tokens are those of plain decoding, wherever two logits differ by
+    more than rounding.
 
     Args:
         pair: from `load_pretrained`.
