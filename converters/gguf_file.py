@@ -247,7 +247,7 @@ class GGUFFile:
         splits: dict[str, list[Any]] = {
             "smollm": [pre_tokenizers.Digits(individual_digits=True), byte_level],
             "qwen2": split(QWEN2_PATTERN), "llama-bpe": split(LLAMA3_PATTERN), "gpt-2": [byte_level]}
-        kind, pre = self._fields.get("tokenizer.ggml.model"), self._fields.get("tokenizer.ggml.pre", "gpt-2")
+        kind, pre = self._fields.get("tokenizer.ggml.model"), self._fields.get("tokenizer.ggml.pre")
         if kind != "gpt2" or pre not in splits:
             raise JetSpecError(f"{self.label}: tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported; "
                                f"supported is gpt2 with {', '.join(splits)}; convert the model's Hugging Face folder "
@@ -272,9 +272,9 @@ class GGUFFile:
         special = {name: tokens[i] for name, i in ids.items() if i is not None}
         self._add_ends(tokenizer, special, start_by_default=pre == "llama-bpe")
         fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
-        template = self._fields.get(CHAT_TEMPLATE, "")
-        if template:
-            fast.chat_template = template
+        templates = {name.removeprefix(CHAT_TEMPLATE).lstrip(".") or "default": text
+                     for name, text in self._fields.values.items() if name.startswith(CHAT_TEMPLATE)}
+        fast.chat_template = templates if templates.keys() - {"default"} else templates.get("default") or None
         return fast
 
     def _add_ends(self, tokenizer: Any, special: dict[str, str], start_by_default: bool) -> None:

@@ -24,7 +24,7 @@ def interleaved(weight, heads):
 
 
 def write(file, config, tensors, arch, merges=("a b", "Ġ c"), pre="smollm", tokenizer=None,
-          endianess=gguf.GGUFEndian.LITTLE, **changes):
+          endianess=gguf.GGUFEndian.LITTLE, templates="{% for m in messages %}{{ m.content }}{% endfor %}", **changes):
     """`changes` are fields of the architecture; `tokenizer` has fields of the tokenizer."""
     writer = gguf.GGUFWriter(file, arch, endianess=endianess)
     fields = {"context_length": 128, "embedding_length": config.hidden_size, "block_count": config.num_layers,
@@ -41,7 +41,8 @@ def write(file, config, tensors, arch, merges=("a b", "Ġ c"), pre="smollm", tok
         writer.add_float32(f"{arch}.rope.freq_base", config.rope_theta)
     writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", 1e-5)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
     for name, value in (tokenizer or {}).items():
         add = writer.add_bool if isinstance(value, bool) else writer.add_int32
         add(f"tokenizer.ggml.{name}", value)
@@ -50,7 +51,7 @@ def write(file, config, tensors, arch, merges=("a b", "Ġ c"), pre="smollm", tok
     writer.add_token_merges(list(merges))
     if "eos_token_id" not in (tokenizer or {}):
         writer.add_eos_token_id(0)
-    writer.add_chat_template("{% for m in messages %}{{ m.content }}{% endfor %}")
+    writer.add_chat_template(templates)
     for name, value in tensors.items():
         writer.add_tensor(name, value)
     writer.write_header_to_file()
@@ -226,6 +227,25 @@ def test_what_tokenizers_add(example, tmp_path, pre, tokenizer, text, expected):
         assert [TOKENS[i] for i in loaded(text)["input_ids"]] == expected
         plain = [token for token in expected if token not in TOKENS[:2]]
         assert [TOKENS[i] for i in loaded(text, add_special_tokens=False)["input_ids"]] == plain
+
+
+def test_all_chat_templates_travel(example, tmp_path):
+    _, _, tensors, config, arch = example
+    write(tmp_path / "model.gguf", config, tensors, arch, templates=[
+        {"name": "default", "template": "a{{ messages[0].content }}"},
+        {"name": "tool_use", "template": "{{ messages[0].content }}b"}])
+    assert main(["target", str(tmp_path / "model.gguf"), str(tmp_path / "out")]) == 0
+    for source in ("model.gguf", "out"):
+        pair = load_pretrained(tmp_path / source)
+        assert (pair.chat("c"), pair.chat("c", chat_template="tool_use")) == ("ac", "cb")
+
+
+def test_how_text_is_split_is_not_guessed(example, tmp_path, capsys):
+    _, _, tensors, config, arch = example
+    write(tmp_path / "model.gguf", config, tensors, arch, pre=None)
+    assert main(["target", str(tmp_path / "model.gguf"), str(tmp_path / "out")]) == 2
+    assert "pre-tokenizer None is not supported" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_unknown_metadata_is_noted_once(example, tmp_path, capsys):

@@ -195,9 +195,12 @@ def attention_cases(target: TargetConfig, counts: tuple[int, ...],
 def attention_case(target: TargetConfig, what: str, bits: Callable[[Draw, int, int], Array], n: int, slots: int,
                    cached: list[int]) -> Case:
     t, draw, b = target, normals(target), len(cached)
+    unread = (np.arange(slots)[None, :] >= np.asarray(cached)[:, None])[None, :, None, :, None]
 
     def make(d: Draw) -> list[Array]:
-        caches = [draw(d, 2, b, t.num_kv_heads, slots, t.head_dim) for _ in range(2)]
+        # What lies beyond the prefixes was left there by others, perhaps by a prompt that overflowed.
+        caches = [jnp.where(unread, jnp.asarray(left, t.jnp_dtype), draw(d, 2, b, t.num_kv_heads, slots, t.head_dim))
+                  for left in (jnp.nan, jnp.inf)]
         new = [draw(d, b, n, t.num_kv_heads, t.head_dim) for _ in range(2)]
         return [draw(d, b, n, t.num_heads, t.head_dim), *new, bits(d, b, n), *caches, jnp.int32(1),
                 jnp.asarray(cached, jnp.int32)]
