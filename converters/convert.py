@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,12 @@ from converters.gguf_file import GGUFFile
 from converters.huggingface import read_head_config, read_target_config, released_head_config, unknown_fields
 from converters.names import Slot, head_slots, target_slots
 from converters.safetensors_folder import SINGLE, SafetensorsFolder, write_safetensors
+from converters.tokenizer import MORE_TEMPLATES, load_tokenizer, save_tokenizer
 from jetspec_jax import checkpoint
 from jetspec_jax.config import HeadConfig, TargetConfig
 from jetspec_jax.errors import JetSpecError
 from jetspec_jax.sharding import place, shards_of
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
-                   "added_tokens.json", "chat_template.jinja", "chat_template.json", "tokenizer.model")
-MORE_TEMPLATES = "additional_chat_templates"  # a folder of NAME.jinja
 HUB_FILES = ("*.json", "*.safetensors", "merges.txt", "chat_template.jinja", f"{MORE_TEMPLATES}/*.jinja",
              "tokenizer.model")
 
@@ -79,6 +76,7 @@ def convert_target(source: Path, out: Path, dtype: str | None = None, progress: 
     """Converts a target, with its tokenizer and chat template, into a checkpoint at `out`."""
     with checkpoint.written_beside(out) as folder:
         save_tokenizer(source, folder / checkpoint.TOKENIZER)
+        load_tokenizer(folder / checkpoint.TOKENIZER)  # else nobody would know until it is needed
         config, params = read_target(source, dtype, progress)
         checkpoint.save(folder, config, params, label or str(source))
 
@@ -105,21 +103,6 @@ def export_head(source: Path, out: Path, progress: bool = True) -> None:
         size = sum(math.prod(shape) for shape in shapes.values()) * config.jnp_dtype.itemsize
         with tqdm(total=size, unit="B", unit_scale=True, desc=out.name, disable=not progress) as bar:
             write_safetensors(folder / SINGLE, shapes, config.jnp_dtype, take_apart(params, slots), bar.update)
-
-
-def save_tokenizer(source: Path, folder: Path) -> None:
-    """Lets the tokenizer and chat template of a source travel along; a source without any is fine."""
-    if source.is_file():
-        GGUFFile(source).save_tokenizer(folder)
-        return
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            folder.mkdir(exist_ok=True)
-            shutil.copyfile(source / name, folder / name)
-    for template in sorted((source / MORE_TEMPLATES).glob("*.jinja")):
-        if template.is_file():
-            (folder / MORE_TEMPLATES).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(template, folder / MORE_TEMPLATES / template.name)
 
 
 def looks_like_hub_id(source: str) -> bool:

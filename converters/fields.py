@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jetspec_jax.config import MAX_INT, is_finite, is_integer
+from jetspec_jax.config import MAX_INT, is_integer, is_within, range_of
 from jetspec_jax.errors import JetSpecError
 
 
@@ -33,14 +33,15 @@ class Fields:
         """An integer from `least` on that fits into 32 bits; without a default its absence is an error."""
         value = self._needed(name, default)
         if not is_integer(value) or not least <= value <= MAX_INT:
-            raise self.error(name, f"must be an integer of at least {least}")
+            large = is_integer(value) and value > MAX_INT
+            raise self.error(name, f"must be an integer of at {f'most {MAX_INT}' if large else f'least {least}'}")
         return int(value)
 
-    def number(self, name: str, default: float | None = None) -> float:
-        """A finite number; without a default its absence is an error."""
+    def number(self, name: str, default: float | None = None, limits: tuple[float, float] = (-1e30, 1e30)) -> float:
+        """A number within limits; without a default its absence is an error."""
         value = self._needed(name, default)
-        if not is_finite(value):
-            raise self.error(name, "must be a finite number")
+        if not is_within(value, limits):
+            raise self.error(name, f"must be {range_of(limits)}")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
@@ -112,7 +113,7 @@ def shown(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def naming(file: Path) -> Iterator[None]:
+def naming(file: Path | str) -> Iterator[None]:
     """Puts the file before what a description says of its own fields."""
     try:
         yield

@@ -16,7 +16,7 @@ from converters.fields import Fields, is_one_of, naming, shown
 from converters.names import gguf_name, target_slots
 from converters.rope import REASONS, Rope, yarn_attention_factor
 from jetspec_jax.checkpoint import first_line
-from jetspec_jax.config import RopeScaling, TargetConfig
+from jetspec_jax.config import EPS_LIMITS, THETA_LIMITS, RopeScaling, TargetConfig
 from jetspec_jax.errors import JetSpecError
 
 ARCHITECTURES = ("llama", "qwen3")
@@ -62,6 +62,8 @@ TOKENIZER_HARMLESS = (  # they speak of other kinds of tokenizers, of pairs of t
     "middle_token_id")
 BOOKKEEPING = ("GGUF", "general", "quantize", "imatrix", "split")
 CHAT_TEMPLATE = "tokenizer.chat_template"
+LISTS = ("tokenizer.chat_templates", *(f"tokenizer.ggml.{name}" for name in (
+    "tokens", "token_type", "merges", "scores", "precompiled_charsmap")))  # long ones; see `GGUFFile._list`
 
 
 class GGUFFile:
@@ -134,7 +136,7 @@ class GGUFFile:
                                f"{', '.join(ARCHITECTURES)}")
         ours = (f"{arch}.", "tokenizer.ggml.", CHAT_TEMPLATE, "general.type", "split.")
         values = {name: _value(field) for name, field in self._reader.fields.items()
-                  if name.startswith(ours) and not (name.startswith("tokenizer.") and len(field.types) > 1)}
+                  if name.startswith(ours) and name not in LISTS}
         fields = Fields(self._file, values)
         fields.refuse({f"{arch}.{name}": inactive for name, inactive in INACTIVE.items()}, {})
         fields.refuse({"general.type": ("model",), "split.count": (0, 1)},
@@ -179,7 +181,7 @@ class GGUFFile:
             "num_layers": fields.integer(f"{arch}.block_count"),
             "rope_theta": rope.theta, "rope_scaling": rope.scaling,
             "max_positions": rope.context_limit(fields.integer(f"{arch}.context_length")),
-            "rms_norm_eps": fields.number(f"{arch}.attention.layer_norm_rms_epsilon"),
+            "rms_norm_eps": fields.number(f"{arch}.attention.layer_norm_rms_epsilon", limits=EPS_LIMITS),
             "eos_token_ids": tuple(dict.fromkeys(i for i in ends if i is not None))}
         with naming(self._file):
             return TargetConfig(qk_norm=arch == "qwen3", dtype="float32", tie_embeddings="output.weight" not in tensors,
@@ -189,7 +191,7 @@ class GGUFFile:
         """Rotary embeddings from the fields and from the tensor that Llama 3.1 and later have (None: there is none)."""
         fields, prefix = self._fields, f"{self._arch}.rope."
         scaling = f"{prefix}scaling."
-        theta = fields.number(f"{prefix}freq_base", 10000.0)
+        theta = fields.number(f"{prefix}freq_base", 10000.0, THETA_LIMITS)
         context, factor = f"{scaling}original_context_length", f"{scaling}factor"
         original = None if fields.get(context) is None else fields.integer(context)
         kind = fields.text(f"{scaling}type", "none")
@@ -212,16 +214,18 @@ class GGUFFile:
             if kind != "none":
                 raise JetSpecError(f"{self.label}: {kind} scaling and the tensor {ROPE_TABLE} contradict each other")
             divisors = tuple(self._dequantized(table).flatten())
-            with naming(self._file):
+            with naming(f"{self.label}: tensor {ROPE_TABLE}"):
                 return Rope(theta, RopeScaling(kind="table", divisors=divisors), original)
         if kind == "none":
             return Rope(theta, None, original)
-        numbers: dict[str, Any] = {"factor": fields.number(factor)}
+        limits = RopeScaling.LIMITS
+        numbers: dict[str, Any] = {"factor": fields.number(factor, limits=limits["factor"])}
         if kind == "yarn":
-            own = fields.number(f"{scaling}attn_factor", 1.0)
+            own = fields.number(f"{scaling}attn_factor", 1.0, limits["attention_factor"])
             numbers |= {"original_max_positions": fields.integer(context),
-                        "beta_fast": fields.number(f"{scaling}yarn_beta_fast", 32.0),
-                        "beta_slow": fields.number(f"{scaling}yarn_beta_slow", 1.0), "truncate": True,
+                        "beta_fast": fields.number(f"{scaling}yarn_beta_fast", 32.0, limits["beta_fast"]),
+                        "beta_slow": fields.number(f"{scaling}yarn_beta_slow", 1.0, limits["beta_slow"]),
+                        "truncate": True,
                         "attention_factor": own * yarn_attention_factor(numbers["factor"])}
         with naming(self._file):
             return Rope(theta, RopeScaling(kind=kind, **numbers), original)  # type: ignore[arg-type]
@@ -247,7 +251,7 @@ class GGUFFile:
         splits: dict[str, list[Any]] = {
             "smollm": [pre_tokenizers.Digits(individual_digits=True), byte_level],
             "qwen2": split(QWEN2_PATTERN), "llama-bpe": split(LLAMA3_PATTERN), "gpt-2": [byte_level]}
-        kind, pre = self._fields.get("tokenizer.ggml.model"), self._fields.get("tokenizer.ggml.pre")
+        kind, pre = (self._fields.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
         if kind != "gpt2" or pre not in splits:
             raise JetSpecError(f"{self.label}: tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported; "
                                f"supported is gpt2 with {', '.join(splits)}; convert the model's Hugging Face folder "
@@ -272,8 +276,8 @@ class GGUFFile:
         special = {name: tokens[i] for name, i in ids.items() if i is not None}
         self._add_ends(tokenizer, special, start_by_default=pre == "llama-bpe")
         fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
-        templates = {name.removeprefix(CHAT_TEMPLATE).lstrip(".") or "default": text
-                     for name, text in self._fields.values.items() if name.startswith(CHAT_TEMPLATE)}
+        templates = {name.removeprefix(CHAT_TEMPLATE).lstrip(".") or "default": self._fields.text(name)
+                     for name in self._fields.values if name.startswith(CHAT_TEMPLATE)}
         fast.chat_template = templates if templates.keys() - {"default"} else templates.get("default") or None
         return fast
 

@@ -12,7 +12,7 @@ from typing import Any
 from converters.fields import Fields, naming, shown
 from converters.rope import PLACES, TOP_LEVEL, Rope, read_rope, rope_scaling_fields, unknown_rope_fields
 from converters.safetensors_folder import read_json, stored_dtype
-from jetspec_jax.config import FLOAT_DTYPES, HeadConfig, TargetConfig, is_integer
+from jetspec_jax.config import EPS_LIMITS, FLOAT_DTYPES, HeadConfig, TargetConfig, is_integer
 from jetspec_jax.errors import JetSpecError
 
 MODEL_TYPES = ("qwen3", "qwen3_moe", "llama")
@@ -24,11 +24,11 @@ SHARED_FIELDS = (
     "sliding_window", "max_position_embeddings", "eos_token_id", "tie_word_embeddings", *PLACES, *TOP_LEVEL)
 EXPERT_FIELDS = ("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
                  "decoder_sparse_step", "mlp_only_layers")
-HEAD_FIELDS = ("block_size", "num_target_layers", "dflash_config", "auto_map")
+HEAD_FIELDS = ("block_size", "num_target_layers", "dflash_config", "causal_head", "causal", "auto_map")
 DFLASH_FIELDS = ("target_layer_ids", "mask_token_id", "causal_head", "causal")
 # Features that are not computed here, with the values besides null that leave them out.
 INACTIVE: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",), "use_sliding_window": (False,), "mlp_bias": (False,), "attention_chunk_size": (),
+    "hidden_act": ("silu", "swish"), "use_sliding_window": (False,), "mlp_bias": (False,), "attention_chunk_size": (),
     "attn_temperature_tuning": (False, 0), "attn_output_gate": (False,), "attention_multiplier": (), "clip_qkv": (),
     "attn_logit_softcapping": (), "final_logit_softcapping": (), "embedding_multiplier": (1,), "logit_scale": (1,),
     "logits_scaling": (1,), "residual_multiplier": (1,), "no_rope_layers": ([],), "rope_interleave": (False,),
@@ -90,15 +90,19 @@ def read_head_config(folder: Path) -> HeadConfig:
     if dflash.get("dflash_config.target_layer_ids") is None:
         raise JetSpecError(f"{config.file}: dflash_config lacks 'target_layer_ids', the layers of the target that the "
                            "head reads: add those that it was trained with")
-    flags = [dflash.flag(f"dflash_config.{name}", False) for name in ("causal_head", "causal")
-             if dflash.get(f"dflash_config.{name}") is not None] or [False]
-    if len(set(flags)) > 1:
-        raise JetSpecError(f"{config.file}: dflash_config.causal_head {flags[0]} and causal {flags[1]} contradict each "
-                           "other")
+    for name in ("mask_token_id", "target_layer_ids", "block_size", "num_target_layers"):
+        above, inside = config.get(name), dflash.get(f"dflash_config.{name}")
+        if above is not None and inside is not None and above != inside:
+            raise JetSpecError(f"{config.file}: {name} {shown(above)} and dflash_config.{name} {shown(inside)} "
+                               "contradict each other")
+    flags = {place.flag(name, False) for place in (config, dflash) for name in place.values
+             if name.removeprefix("dflash_config.") in ("causal_head", "causal") and place.get(name) is not None}
+    if len(flags) > 1:
+        raise JetSpecError(f"{config.file}: causal_head and causal contradict each other")
     fields = {
         **_transformer_fields(config, "qwen3", read_rope(config)), "block_size": config.integer("block_size"),
         "target_layer_ids": tuple(dflash.integers("dflash_config.target_layer_ids")),
-        "num_target_layers": config.integer("num_target_layers"), "causal": flags[0],
+        "num_target_layers": config.integer("num_target_layers"), "causal": True in flags,
         "mask_token_id": dflash.integer("dflash_config.mask_token_id", least=0)}
     with naming(config.file):
         return HeadConfig(**fields)
@@ -169,8 +173,9 @@ def _transformer_fields(config: Fields, model_type: str, rope: Rope) -> dict[str
         "intermediate_size": config.integer("intermediate_size"), "num_layers": layers, "num_heads": heads,
         "num_kv_heads": config.integer("num_key_value_heads", heads),
         "head_dim": config.integer("head_dim", DEFAULT_HEAD_DIM.get(model_type, hidden // heads)),
-        "rope_theta": rope.theta, "rope_scaling": rope.scaling, "rms_norm_eps": config.number("rms_norm_eps", 1e-6),
-        "qkv_bias": bias, "out_bias": bias, "dtype": dtype}
+        "rope_theta": rope.theta, "rope_scaling": rope.scaling,
+        "rms_norm_eps": config.number("rms_norm_eps", 1e-6, EPS_LIMITS), "qkv_bias": bias, "out_bias": bias,
+        "dtype": dtype}
 
 
 def _check_layer_types(config: Fields, layers: int) -> None:
@@ -191,8 +196,12 @@ def _expert_fields(config: Fields, model_type: str) -> dict[str, Any]:
         return {}
     layers, sparse_step = config.integer("num_hidden_layers"), config.integer("decoder_sparse_step", 1)
     dense = config.integers("mlp_only_layers")
-    count = "num_experts" if config.get("num_local_experts") is None else "num_local_experts"  # newer files: the latter
-    return {"num_experts": config.integer(count), "num_experts_per_tok": config.integer("num_experts_per_tok"),
+    newer, older = config.get("num_local_experts"), config.get("num_experts")
+    if newer is not None and older is not None and newer != older:
+        raise JetSpecError(f"{config.file}: num_local_experts {shown(newer)} and num_experts {shown(older)} contradict "
+                           "each other")
+    return {"num_experts": config.integer("num_experts" if newer is None else "num_local_experts"),
+            "num_experts_per_tok": config.integer("num_experts_per_tok"),
             "moe_intermediate_size": config.integer("moe_intermediate_size"),
             "norm_topk_prob": config.flag("norm_topk_prob", False),
             "dense_layers": tuple(i for i in range(layers) if i in dense or (i + 1) % sparse_step)}

@@ -6,7 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 from converters.fields import Fields, is_one_of, naming, shown
-from jetspec_jax.config import RopeScaling
+from jetspec_jax.config import THETA_LIMITS, RopeScaling
 from jetspec_jax.errors import JetSpecError
 
 PLACES = ("rope_scaling", "rope_parameters")  # older and newer files
@@ -64,23 +64,27 @@ def read_rope(config: Fields) -> Rope:
 
     kind = fields.text(name("rope_type"), "default")
     if kind not in TYPES:
-        raise JetSpecError(f"{config.file}: {name('rope_type')} {kind!r} is not supported, only {', '.join(TYPES)} are"
-                           f"{REASONS.get(kind, '')}")
+        raise JetSpecError(f"{config.file}: {name('rope_type')} {shown(kind)} is not supported, only "
+                           f"{', '.join(TYPES)} are{REASONS.get(kind, '')}")
     for key, inactive in FOREIGN.items():
         if key in found and key not in TYPES[kind] and not is_one_of(found[key][1], inactive):
             raise _misplaced(config, name(key), found[key][1], kind, "rope_type" in found)
-    theta = fields.number(name("rope_theta"), 10000.0)
+    theta = fields.number(name("rope_theta"), 10000.0, THETA_LIMITS)
     original = fields.integer(name(ORIGINAL)) if ORIGINAL in found or kind in ("llama3", "yarn") else None
     if kind == "default":
         return Rope(theta, None, original)
-    numbers: dict[str, Any] = {"factor": fields.number(name("factor"))}
+
+    def number(key: str, default: float | None = None) -> float:
+        return fields.number(name(key), default, RopeScaling.LIMITS[key])
+
+    numbers: dict[str, Any] = {"factor": number("factor")}
     if kind == "llama3":
-        numbers |= {key: fields.number(name(key)) for key in ("low_freq_factor", "high_freq_factor")}
+        numbers |= {key: number(key) for key in ("low_freq_factor", "high_freq_factor")}
     if kind == "yarn":
-        numbers |= {"beta_fast": fields.number(name("beta_fast"), 32.0),
-                    "beta_slow": fields.number(name("beta_slow"), 1.0),
+        _refuse_null(config, "truncate")
+        numbers |= {"beta_fast": number("beta_fast", 32.0), "beta_slow": number("beta_slow", 1.0),
                     "truncate": fields.flag(name("truncate"), True),
-                    "attention_factor": fields.number(name("attention_factor"), yarn_attention_factor(
+                    "attention_factor": number("attention_factor", yarn_attention_factor(
                         numbers["factor"], fields.number(name("mscale"), 0.0),
                         fields.number(name("mscale_all_dim"), 0.0)))}
     if kind != "linear":
@@ -148,6 +152,14 @@ def _flat(config: Fields, place: str) -> dict[str, Any]:
                                "computed here is full_attention")
         place, fields = f"{place}.full_attention", by_layer["full_attention"]
     return {f"{place}.{name}": value for name, value in fields.items()}
+
+
+def _refuse_null(config: Fields, key: str) -> None:
+    """For a switch that transformers takes for off where it is null, and for on where it is absent."""
+    for place in PLACES:
+        for name, value in _flat(config, place).items():
+            if name.endswith(f".{key}") and value is None:
+                raise JetSpecError(f"{config.file}: {name} must be true or false, not null")
 
 
 def _misplaced(config: Fields, name: str, value: Any, kind: str, typed: bool) -> JetSpecError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import sys
 import warnings
@@ -165,6 +166,9 @@ def write_text(file: Path, text: str) -> None:
 def run_main(main: Callable[[], None]) -> None:
     """Runs a script: a user's mistake is one line and status 2; what the library notes is one line too."""
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows its number
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except JetSpecError as error:

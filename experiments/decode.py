@@ -113,6 +113,9 @@ def as_prompt(pair: Pair, message: str, args: argparse.Namespace) -> str | list[
     return message if args.no_chat_template else pair.chat(message, args.system, **read_switches(args.chat_option))
 
 
+PYTHON_NAMES = {"True": "true", "False": "false", "None": "null"}  # for those who write Python
+
+
 def read_switches(options: list[str]) -> dict[str, Any]:
     """["enable_thinking=false", ...] -> {"enable_thinking": False, ...}.
 
@@ -126,8 +129,8 @@ def read_switches(options: list[str]) -> dict[str, Any]:
             raise JetSpecError("--chat-option takes NAME=VALUE, every name once, for example enable_thinking=false, "
                                f"not {option!r}")
         try:
-            switches[name] = json.loads(value)
-        except ValueError:
+            switches[name] = json.loads(PYTHON_NAMES.get(value, value))
+        except (ValueError, RecursionError):
             switches[name] = value
     check_switches(switches)
     return switches

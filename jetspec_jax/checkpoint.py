@@ -35,7 +35,8 @@ from jetspec_jax.tiles import from_tiles
 
 FORMAT, VERSION = "jetspec-jax", 1
 DESCRIPTION, ARRAYS, TOKENIZER = "jetspec.json", "arrays", "tokenizer"
-_NOT_STORED = ("weight_tile",)  # of the config: how arrays lie in memory, not in files
+_NOT_STORED = ("weight_tile", "shards", "kernels")  # of the config: how a model runs, not what it is
+_LATER = ("rope_scaling",)  # fields that the first files of this version lack
 PIECE_BYTES = 2**26  # of one file: who reads a share of an array reads the pieces that hold it
 _KINDS: dict[str, tuple[Any, Any]] = {
     "target": (TargetConfig, target_shapes), "head": (HeadConfig, head_shapes),
@@ -133,6 +134,10 @@ def load_config(folder: Path) -> TargetConfig | DrafterConfig:
     try:
         fields: dict[str, Any] = {name: value for name, value in description["config"].items()
                                   if name not in _NOT_STORED}
+        known = {entry.name for entry in dataclasses.fields(config_class)}
+        missing = sorted(known - fields.keys() - {*_NOT_STORED, *_LATER})
+        if missing:
+            raise JetSpecError(f"its config lacks {', '.join(missing)}")
         if fields.get("rope_scaling") is not None:
             fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
         return config_class(**fields)

@@ -19,7 +19,8 @@ FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 Builder = Literal["accum_logp", "best_first", "chain"]
 KernelBackend = Literal["auto", "reference", "pallas", "pallas_interpret", "triton", "triton_interpret"]
 RopeKind = Literal["linear", "llama3", "yarn", "table"]
-MAX_FLOAT = 3.4028234663852886e38  # of float32, in which models compute
+THETA_LIMITS = (2.0, 1e30)  # that float32 computes angles from
+EPS_LIMITS = (1e-30, 1e30)
 MAX_INT = 2**31 - 1  # positions are int32
 
 
@@ -34,9 +35,14 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def is_finite(value: Any) -> bool:
-    """Whether a value is a real number that float32 can hold."""
-    return is_number(value) and abs(value) <= MAX_FLOAT
+def is_within(value: Any, limits: tuple[float, float]) -> bool:
+    """Whether a value is a real number from the first limit to the second."""
+    return is_number(value) and bool(limits[0] <= value <= limits[1])
+
+
+def range_of(limits: tuple[float, float]) -> str:
+    """Limits as messages tell them."""
+    return f"a number from {limits[0]:g} to {limits[1]:g}"
 
 
 def make_plain(config: Any) -> None:
@@ -46,6 +52,7 @@ def make_plain(config: Any) -> None:
 
     for entry in dataclasses.fields(config):
         value = getattr(config, entry.name)
+        require(not is_integer(value) or abs(value) < 2**63, f"{entry.name} has too many digits")  # to be printed
         object.__setattr__(config, entry.name, tuple(map(plain, value)) if isinstance(value, list | tuple)
                            else plain(value))
 
@@ -81,6 +88,10 @@ class RopeScaling:
         "yarn": ("factor", "original_max_positions", "beta_fast", "beta_slow", "attention_factor", "truncate"),
         "table": ("divisors",)}
 
+    LIMITS: ClassVar[dict[str, tuple[float, float]]] = {
+        "factor": (1, 1e6), **dict.fromkeys(("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow",
+                                             "attention_factor"), (1e-6, 1e6)), "divisors": (1e-6, 1e30)}
+
     kind: RopeKind
     factor: float | None = None
     original_max_positions: int | None = None
@@ -101,11 +112,9 @@ class RopeScaling:
             require(name in given, f"rope scaling of kind {self.kind} lacks {name}")
         for name in sorted(given - set(self.FIELDS[self.kind])):
             raise JetSpecError(f"rope scaling of kind {self.kind} has no {name}")
-        for name in sorted(given - {"original_max_positions", "truncate", "divisors"}):
-            least = 1.0 if name == "factor" else 0.0
-            value = getattr(self, name)
-            require(is_finite(value) and value >= least and value > 0,
-                    f"{name} must be a finite number {'of at least 1' if least else 'above 0'}, not {value!r}")
+        for name in sorted(given & set(self.LIMITS) - {"divisors"}):
+            limits, value = self.LIMITS[name], getattr(self, name)
+            require(is_within(value, limits), f"{name} must be {range_of(limits)}, not {value!r}")
         original = self.original_max_positions
         require(original is None or (is_integer(original) and 0 < original <= MAX_INT),
                 f"original_max_positions must be a positive integer, not {original!r}")
@@ -115,8 +124,10 @@ class RopeScaling:
             below, above = getattr(self, low), getattr(self, high)
             require(below is None or below < above, f"{low} {below!r} must be below {high} {above!r}")
         if self.divisors is not None:
-            require(isinstance(self.divisors, tuple) and all(is_finite(v) and v > 0 for v in self.divisors),
-                    "divisors must be finite numbers above 0")
+            limits = self.LIMITS["divisors"]
+            require(isinstance(self.divisors, tuple), f"divisors must be a list, not {self.divisors!r}")
+            for value in self.divisors:
+                require(is_within(value, limits), f"each of the divisors must be {range_of(limits)}, not {value!r}")
 
     def context_limit(self, stated: int) -> int:
         """The `max_positions` of a model whose file states `stated` (for linear, the context before the scaling).
@@ -190,9 +201,9 @@ class TransformerConfig:
         require(self.num_heads % self.num_kv_heads == 0,
                  f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         require(self.head_dim % 2 == 0, f"head_dim must be even for rotary embeddings, not {self.head_dim}")
-        for name in ("rope_theta", "rms_norm_eps"):
+        for name, limits in (("rope_theta", THETA_LIMITS), ("rms_norm_eps", EPS_LIMITS)):
             value = getattr(self, name)
-            require(is_finite(value) and value > 0, f"{name} must be a finite number above 0, not {value!r}")
+            require(is_within(value, limits), f"{name} must be {range_of(limits)}, not {value!r}")
         self._check_rope_scaling()
         for name in ("qk_norm", "qkv_bias", "out_bias"):
             value = getattr(self, name)
@@ -217,8 +228,6 @@ class TransformerConfig:
             return
         require(scaling.divisors is None or len(scaling.divisors) == half,
                 f"rope_scaling has {len(scaling.divisors or ())} divisors, and head_dim {self.head_dim} needs {half}")
-        require(scaling.kind != "yarn" or self.rope_theta > 1,
-                f"rope_theta must be above 1 for yarn, not {self.rope_theta!r}")
 
     @property
     def jnp_dtype(self) -> jnp.dtype:

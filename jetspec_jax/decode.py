@@ -19,7 +19,7 @@ from jetspec_jax.cache import KVCache
 from jetspec_jax.collectives import count_everywhere
 from jetspec_jax.config import TargetConfig
 from jetspec_jax.draft import Drafter, Params, Prompt
-from jetspec_jax.sampling import NO_TOKEN, Sampler, choose
+from jetspec_jax.sampling import NO_TOKEN, Sampler, choose, sound
 from jetspec_jax.target import TargetOutput, target_forward, target_logits
 from jetspec_jax.tree import DraftTree
 from jetspec_jax.verify import AcceptedPath, accept
@@ -48,7 +48,7 @@ class DecodeState:
     in the target's cache. A sequence that is done keeps all its arrays as they are.
     """
 
-    tokens: Array  # int32 [B, S], prompt and answer; the latter ends in NO_TOKEN if the target gave no finite logits
+    tokens: Array  # int32 [B, S], prompt and answer; the latter ends in NO_TOKEN if the target gave no sound logits
     length: Array  # int32 [B], committed tokens
     limit: Array  # int32 [B], length at which the sequence must end
     done: Array  # bool [B]
@@ -68,7 +68,7 @@ class Prefix:
 
     cache: KVCache
     drafter: Any
-    first_token: Array  # int32 [R]
+    first_token: Array  # int32 [R], NO_TOKEN where the target gave no sound logits
 
 
 def create_state(decoder: Decoder, batch: int, slots: int, sampler: Sampler, eos: Array) -> DecodeState:
@@ -128,8 +128,8 @@ def prefill(decoder: Decoder, chunk: int, params: Params, sampler: Sampler, toke
     chunks = ((jnp.max(count) + chunk - 1) // chunk).astype(jnp.int32)
     cache, drafter, last = lax.fori_loop(jnp.int32(0), chunks, read, carry)
     logits = target_logits(decoder.target, params.target, last[:, None])
-    first = choose(sampler, logits, keys, count, jnp.zeros((batch, 1), jnp.int32), depths=1)[:, 0]
-    return Prefix(cache, drafter, first)
+    first = choose(sampler, logits, keys, count, jnp.zeros((batch, 1), jnp.int32), depths=1)
+    return Prefix(cache, drafter, jnp.where(sound(logits, sampler.shards), first, NO_TOKEN)[:, 0])
 
 
 def insert(decoder: Decoder, state: DecodeState, prefix: Prefix, rows: Array, tokens: Array, count: Array,
@@ -187,18 +187,23 @@ def run_target(decoder: Decoder, params: Params, cache: KVCache, tree: DraftTree
 
 
 def judge(decoder: Decoder, state: DecodeState, tree: DraftTree, logits: Array, position: Array) -> AcceptedPath:
-    """The target's choice after every node, and the longest branch that agrees with it."""
+    """The target's choice after every node, and the longest branch that agrees with it.
+
+    After a node whose logits are not sound the path has NO_TOKEN; whether it goes on from there does not matter.
+    """
     with jax.named_scope("accept"):
         longest = decoder.drafter.max_path
         verdict = choose(state.sampler, logits, state.keys, position + 1, tree.depth, depths=longest)
-        return accept(tree, verdict, longest)
+        path = accept(tree, verdict, longest)
+        on_path = jnp.take_along_axis(logits, path.nodes[:, :, None], axis=1)
+        return replace(path, tokens=jnp.where(sound(on_path, state.sampler.shards), path.tokens, NO_TOKEN))
 
 
 def commit(cache: KVCache, out: TargetOutput, path: AcceptedPath, position: Array, count: Array) -> KVCache:
     """Writes the keys and values of the accepted path, and of nothing else."""
     rows = path.nodes[None, :, :, None, None]
     return cache.commit(jnp.take_along_axis(out.k, rows, axis=2), jnp.take_along_axis(out.v, rows, axis=2), position,
-                        count, after=path.tokens[:, 0])
+                        count, after=path.tokens[:, 0] & jnp.int32(2**31 - 1))  # NO_TOKEN is negative
 
 
 def record(state: DecodeState, path: AcceptedPath, count: Array, tree_size: Array) -> DecodeState:

@@ -111,7 +111,7 @@ def generate(pair: Pair, prompt: Prompt | Sequence[Prompt], *, max_new_tokens: i
         tree: how trees are drafted: by the head (`TreeConfig`), or from the text so far (`PromptLookup`, which needs
             no head); None is plain decoding through the same forward. "auto" takes `default_tree(pair)`.
         sampling: greedy, or temperature with top-k and top-p. Noise depends on the seed, the prompt's index and the
-            position alone, so neither tree nor batch size changes what is drawn.
+            position alone, so neither tree nor batch size changes it.
         eos_token_ids: tokens that end an answer; None takes the target's, () never stops early.
         seed: of the noise.
 

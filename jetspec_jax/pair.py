@@ -73,12 +73,13 @@ class Pair:
         if self.tokenizer is None:
             raise JetSpecError("this target has no tokenizer, and so no chat template: pass token ids to generate")
         _check_template(self.tokenizer.chat_template, switches)
+        asked = f" with {', '.join(switches)}" if switches else ""
         switches.setdefault("add_generation_prompt", not switches.get("continue_final_message"))
         try:
             return ChatText(self.tokenizer.apply_chat_template(conversation, tokenize=False, **switches))
         except Exception as error:  # a template is a program, which fails in every way
-            raise JetSpecError(f"the chat template of this target refuses these messages ({type(error).__name__}: "
-                               f"{first_line(error)}): change the messages, leave the system message out, or give the "
+            raise JetSpecError(f"the chat template of this target refuses these messages{asked} ({type(error).__name__}"
+                               f": {first_line(error)}): change them, leave the system message out, or give the "
                                "template what it asks for (pair.chat(..., name=value); decode.py: --chat-option "
                                "name=value)") from error
 
@@ -134,7 +135,7 @@ def _conversation(messages: str | Sequence[Mapping[str, Any]], system: str | Non
             raise JetSpecError(f"the content of message {i} must be text (or a list of parts), not {content!r}")
     if system is not None and not isinstance(system, str):
         raise JetSpecError(f"system must be text, not {system!r}")
-    if not system:
+    if system is None:
         return list(messages)
     if any(message["role"] == "system" for message in messages):
         raise JetSpecError("there is a system message among the messages already: leave system out")

@@ -14,6 +14,7 @@ from filelock import FileLock
 from jax.sharding import Mesh
 
 from converters import convert
+from converters.tokenizer import load_tokenizer, save_tokenizer
 from jetspec_jax import checkpoint
 from jetspec_jax.config import FLOAT_DTYPES, PRESETS, DrafterConfig, Preset, TargetConfig
 from jetspec_jax.draft import Params
@@ -189,18 +190,9 @@ def _load_tokenizer(source: Path) -> Any:
     """The tokenizer of a converted folder, a Hugging Face folder or a GGUF file, or None."""
     if source.is_file():
         with tempfile.TemporaryDirectory() as folder:
-            convert.save_tokenizer(source, Path(folder))
-            return _load_tokenizer(Path(folder))
-    inside = source / checkpoint.TOKENIZER if checkpoint.is_checkpoint(source) else source
-    whole = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
-    if not any(all((inside / name).is_file() for name in names) for names in whole):
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(inside, local_files_only=True)
-    except Exception as error:  # damaged files surface as many types
-        raise JetSpecError(f"the tokenizer in {inside} cannot be loaded: {error}") from error
+            save_tokenizer(source, Path(folder))
+            return load_tokenizer(Path(folder))
+    return load_tokenizer(source / checkpoint.TOKENIZER if checkpoint.is_checkpoint(source) else source)
 
 
 def _embedded_default() -> Path:

@@ -2,7 +2,8 @@
 
 Plain and tree decoding call the same function. A token is the argmax of warped log-probabilities plus Gumbel noise
 that depends on (seed, sequence, absolute position) alone. Only one path is ever followed and the tree never sees the
-noise, so this is exactly ancestral sampling, and both ways of decoding draw the same tokens.
+noise, so this is exactly ancestral sampling, and both ways of decoding draw the same tokens (but where two candidates
+are closer than rounding).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from jetspec_jax.collectives import all_max, all_sum, own_part, own_start, side_
 from jetspec_jax.config import SamplingParams
 from pallas_kernels.top_w.reference import argmax_last
 
-NO_TOKEN = -1  # in the place of a token where logits are not finite: equals none, and ends an answer
+NO_TOKEN = -1  # in the place of a token where logits are not sound; it ends an answer
 
 
 @struct.dataclass
@@ -59,7 +60,7 @@ def choose(sampler: Sampler, logits: Array, keys: Array, position: Array, offset
         depths: number of different offsets, so that noise is made once per position and not per node.
 
     Returns:
-        int32 [B, N]; `NO_TOKEN` where the logits hold a NaN or plus infinity, or are all minus infinity.
+        int32 [B, N]; meaningless where the logits are not `sound`.
     """
     if sampler.greedy:
         return argmax_everywhere(logits, sampler.shards)
@@ -75,18 +76,23 @@ def choose(sampler: Sampler, logits: Array, keys: Array, position: Array, offset
 
 
 def argmax_everywhere(x: Array, shards: int) -> Array:
-    """`argmax_last` where each device holds a part of the last axis: the index in the whole axis, on all of them.
+    """`argmax_last` where each device holds a part of the last axis: the index in the whole axis, on all of them."""
+    best = argmax_last(x)
+    if shards == 1:
+        return best
+    peak = jnp.take_along_axis(x, best[..., None], axis=-1)
+    index = side_by_side((best + own_start(x.shape[-1], shards))[..., None], shards)  # [..., shards]
+    winner = jnp.argmax(side_by_side(peak, shards), axis=-1, keepdims=True)  # the first of equals has the lowest index
+    return jnp.take_along_axis(index, winner, axis=-1)[..., 0]
 
-    `NO_TOKEN` where the maximum is not finite; a NaN counts as the maximum.
+
+def sound(logits: Array, shards: int) -> Array:
+    """Whether a token can be chosen from logits [..., V] at all: bool [...].
+
+    Not from a NaN or plus infinity, nor where all are minus infinity. A NaN is counted: on a CPU a maximum drops it.
     """
-    index = argmax_last(x)[..., None]
-    peak = jnp.take_along_axis(x, index, axis=-1)
-    if shards > 1:
-        index = side_by_side(index + own_start(x.shape[-1], shards), shards)  # [..., shards]
-        peak = side_by_side(peak, shards)
-        winner = jnp.argmax(peak, axis=-1, keepdims=True)  # the first of equals has the lowest index
-        index, peak = (jnp.take_along_axis(part, winner, axis=-1) for part in (index, peak))
-    return jnp.where(jnp.isfinite(peak), index, NO_TOKEN)[..., 0]
+    nans = all_sum(jnp.sum(jnp.isnan(logits).astype(logits.dtype), axis=-1), shards)
+    return (nans == 0) & jnp.isfinite(all_max(jnp.max(logits, axis=-1), shards))
 
 
 def log_softmax(x: Array, shards: int) -> Array:
@@ -96,10 +102,7 @@ def log_softmax(x: Array, shards: int) -> Array:
 
 
 def warp(sampler: Sampler, logits: Array) -> Array:
-    """Log-probabilities [..., V] after temperature, top-k and top-p; what is cut has -inf.
-
-    Comparisons ask for what is below a threshold, so that a NaN is never cut: it makes the whole row NaN.
-    """
+    """Log-probabilities [..., V] after temperature, top-k and top-p; what is cut has -inf."""
     # The best is at zero before the division, which a small temperature would otherwise make infinite.
     peak = all_max(jnp.max(logits, axis=-1, keepdims=True), sampler.shards)
     logits = (logits - peak) / sampler.temperature.astype(logits.dtype)
@@ -107,11 +110,11 @@ def warp(sampler: Sampler, logits: Array) -> Array:
         ones = jnp.ones_like(logits)
         count = jnp.minimum(sampler.top_k, logits.shape[-1] * sampler.shards).astype(logits.dtype)
         cut = mass_threshold(logits, ones, count, sampler.shards)
-        logits = jnp.where(logits < cut, -jnp.inf, logits)
+        logits = jnp.where(logits >= cut, logits, -jnp.inf)
     logp = log_softmax(logits, sampler.shards)
     if sampler.use_top_p:
         cut = mass_threshold(logp, jnp.exp(logp), sampler.top_p.astype(logp.dtype), sampler.shards)
-        logp = log_softmax(jnp.where(logp < cut, -jnp.inf, logp), sampler.shards)
+        logp = log_softmax(jnp.where(logp >= cut, logp, -jnp.inf), sampler.shards)
     return logp
 
 

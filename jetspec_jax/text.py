@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import json
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -41,10 +42,8 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        byte_level = backend is not None and type(backend.decoder).__name__ == "ByteLevel"
         self.seen = 0
-        self.decoder: _Decoder = _ByteLevel(tokenizer) if byte_level else _InContext(tokenizer)
+        self.decoder: _Decoder = (_ByteLevel if _steps(tokenizer) == ["ByteLevel"] else _InContext)(tokenizer)
         self.clean_up = _CleanUp(tokenizer) if _cleans_up(tokenizer) else None
 
     def add(self, answer: Sequence[int], done: bool) -> str:
@@ -88,10 +87,11 @@ class _InContext:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self.token = tokenizer, _token_reader(tokenizer)
         self.options = {"clean_up_tokenization_spaces": False} if _cleans_up(tokenizer) else {}
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        described = b"" if backend is None or backend.decoder is None else backend.decoder.__getstate__()
-        self.byte_fallback = b'"ByteFallback"' in described
-        self.joins_bytes = backend is None or b'"ByteLevel"' in described
+        steps = _steps(tokenizer)
+        self.byte_fallback = "ByteFallback" in steps
+        self.joins_bytes = getattr(tokenizer, "backend_tokenizer", None) is None or "ByteLevel" in steps
+        # What rewrites the joined text may do so across any two tokens.
+        self.only_whole = "Replace" in "".join(steps).partition("Fuse")[2]
         self.window: list[int] = []
         self.told = 0
         self.waiting: list[int] = []
@@ -107,6 +107,8 @@ class _InContext:
                 self._wait(i, token)
         if done:
             self.cuts = [len(self.waiting)]
+        elif self.only_whole:
+            return ""
         if not self.cuts:
             return ""
         tokens = self.window + self.waiting[:self.cuts[-1]]
@@ -184,6 +186,15 @@ class _CleanUp:
         end = unfinished.start() if unfinished else len(text)
         self.waiting = text[end:]
         return self.clean(text[:end])
+
+
+def _steps(tokenizer: Any) -> list[str]:
+    """The kinds of decoders that turn tokens into text, one after another."""
+    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+    if decoder is None:
+        return []
+    described = json.loads(decoder.__getstate__())
+    return [step["type"] for step in described.get("decoders", [described])]
 
 
 def _cleans_up(tokenizer: Any) -> bool:

@@ -117,6 +117,7 @@ def test_the_switches_of_a_template(pair_with):
     assert begun == "<|turn|>user\nHi</s><|turn|>assistant\nWell,"
     assert pair.chat("Hi", add_generation_prompt=False) == "<|turn|>user\nHi</s>"
     assert all(isinstance(text, ChatText) for text in (thinking, not_thinking, begun, begun + " I"))
+    assert pair.chat("Hi", "") == pair.chat([{"role": "system", "content": ""}, TALK[0]]) != pair.chat("Hi")
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look_up", "arguments": {}}}]}
     assert pair.chat([TALK[0], call, {"role": "tool", "content": "3"}]).count("<|turn|>") == 4
     assert pair.chat([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]).startswith("<|turn|>user")
@@ -135,7 +136,7 @@ def test_the_switches_of_a_template(pair_with):
     *((PLAIN, "Hi", {name: True}, f"{name!r} is no switch of a chat template") for name in (
         "tokenize", "return_tensors", "return_dict", "padding", "truncation", "tokenizer_kwargs", "conversation")),
     (PLAIN, TALK, {"continue_final_message": True, "add_generation_prompt": True}, "not compatible"),
-    (PLAIN, "Hi", {"tools": ["no schema"]}, "refuses these messages .*Tools should"),
+    (PLAIN, "Hi", {"tools": ["no schema"]}, "refuses these messages with tools .*Tools should"),
     (PLAIN, "Hi", {"chat_template": "rag"}, "chat_template 'rag' is neither"),
     (STRICT, "Hi", {"system": "S"}, "System role not supported.*leave the system message out"),
     ("{{ names.first }}", "Hi", {}, "'names' is undefined"), ("{% if %}", "Hi", {}, "TemplateSyntaxError"),
@@ -175,8 +176,9 @@ def test_switches_from_the_command_line(pair_with, monkeypatch, capsys):
     run(monkeypatch, pair, "--prompt", "Hi", "--chat-option", "enable_thinking=false", "--system", "S", "--json")
     assert read_as == [pair.chat("Hi", "S", enable_thinking=False)]
     assert len(json.loads(capsys.readouterr().out.splitlines()[-1])["token_ids"]) <= 4
-    assert decode.read_switches(["a=1", 'b=["x"]', "c=rag", "d=null", "e=a=b", "f="]) == {
-        "a": 1, "b": ["x"], "c": "rag", "d": None, "e": "a=b", "f": ""}
+    assert decode.read_switches(["a=1", 'b=["x"]', "c=rag", "d=null", "e=a=b", "f=", "g=False", "h=None"]) == {
+        "a": 1, "b": ["x"], "c": "rag", "d": None, "e": "a=b", "f": "", "g": False, "h": None}
+    assert decode.read_switches(["a=" + "[" * 100_000]) == {"a": "[" * 100_000}
 
 
 @pytest.mark.parametrize(("options", "reason"), [

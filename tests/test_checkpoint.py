@@ -64,6 +64,25 @@ def test_foreign_and_newer_versions_are_refused(copy, change, message):
         checkpoint.load(copy)
 
 
+@pytest.mark.parametrize("field", ["rope_theta", "eos_token_ids", "max_positions", "qk_norm"])
+def test_a_field_that_is_missing_is_not_guessed(copy, field):
+    file = copy / checkpoint.DESCRIPTION
+    description = json.loads(file.read_text())
+    del description["config"][field]
+    file.write_text(json.dumps(description))
+    with pytest.raises(JetSpecError, match=f"damaged: its config lacks {field}"):
+        checkpoint.load(copy)
+
+
+def test_how_a_model_ran_is_not_what_it_is(copy):
+    file = copy / checkpoint.DESCRIPTION
+    description = json.loads(file.read_text())
+    assert not {"shards", "kernels", "weight_tile"} & description["config"].keys()
+    description["config"] |= {"shards": 2, "kernels": "pallas_interpret"}  # as files of earlier releases may have it
+    file.write_text(json.dumps(description))
+    assert checkpoint.load(copy)[0] == tiny_target(dtype="float32", eos_token_ids=(3, 4))
+
+
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null", "[" * 100_000])
 def test_a_damaged_description_is_refused(copy, text):
     (copy / checkpoint.DESCRIPTION).write_text(text)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer
 
 from converters import convert
 from converters.assemble import take_apart
@@ -136,7 +139,7 @@ def test_both_layouts_of_experts_become_the_same_checkpoint(tmp_path, pieces):
 @pytest.mark.parametrize(("changes", "layers"), [
     ({}, ()), ({"decoder_sparse_step": 2}, (0, 2, 4)), ({"mlp_only_layers": [3]}, (3,)),
     ({"mlp_only_layers": [1, 0], "decoder_sparse_step": 3}, (0, 1, 3, 4)), ({"norm_topk_prob": False}, ()),
-    ({"num_local_experts": 8, "num_experts": 3}, ())])
+    ({"num_local_experts": 8, "num_experts": None}, ()), ({"num_local_experts": 8, "num_experts": 8}, ())])
 def test_which_layers_have_experts(tmp_path, changes, layers):
     shutil.copy(MOE / "target" / "config.json", tmp_path)
     edit_json(tmp_path / "config.json", **changes)
@@ -214,11 +217,38 @@ def test_a_head_without_causal_flag_is_bidirectional(tmp_path):
 
 
 def test_tokenizer_files_travel_along(tmp_path, target):
-    (target / "tokenizer.json").write_text("{}")
+    Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(target / "tokenizer.json"))
     (target / "chat_template.jinja").write_text("{{ messages }}")
     assert main(["target", str(target), str(tmp_path / "t")]) == 0
-    assert (tmp_path / "t" / "tokenizer" / "tokenizer.json").read_text() == "{}"
-    assert (tmp_path / "t" / "tokenizer" / "chat_template.jinja").exists()
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "t" / "tokenizer" / name).read_bytes() == (target / name).read_bytes()
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("tokenizer.json", b"{}", "tokenizer.* cannot be loaded"),
+    ("additional_chat_templates/rag.jinja", b"\xff", "rag.jinja is not UTF-8 text")])
+def test_a_damaged_tokenizer_is_told_at_once(tmp_path, target, capsys, name, content, message):
+    Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(target / "tokenizer.json"))
+    (target / name).parent.mkdir(exist_ok=True)
+    (target / name).write_bytes(content)
+    assert main(["target", str(target), str(tmp_path / "t")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line)
+    assert not (tmp_path / "t").exists()
+
+
+def test_a_tokenizer_without_a_class_stays_that_of_its_model(tmp_path, target):
+    """Qwen's composes accents; nothing but the model's type says that this one is Qwen's."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.save(str(target / "tokenizer.json"))
+    edit_json(target / "config.json", model_type="qwen3")
+    theirs = AutoTokenizer.from_pretrained(target)
+    assert main(["target", str(target), str(tmp_path / "t")]) == 0
+    ours = load_pretrained(tmp_path / "t").tokenizer
+    assert type(ours) is type(theirs)
+    assert ours("e\u0301 1")["input_ids"] == theirs("e\u0301 1")["input_ids"]
 
 
 def test_generation_config_names_the_end_tokens(target):
@@ -355,7 +385,7 @@ def test_an_unsound_index_is_refused(tmp_path, target, capsys, damage, message):
 @pytest.mark.parametrize(("changes", "message"), [
     ({"model_type": "gpt2"}, "model_type 'gpt2'"), ({"hidden_size": None}, "lacks 'hidden_size'"),
     ({"hidden_size": "64"}, "must be an integer"), ({"hidden_size": [64]}, "must be an integer"),
-    ({"rope_theta": "big"}, "must be a finite number"), ({"rms_norm_eps": [1]}, "must be a finite number"),
+    ({"rope_theta": "big"}, "must be a number"), ({"rms_norm_eps": [1]}, "must be a number"),
     ({"hidden_size": 128}, "shape"), ({"num_attention_heads": 3}, "not a multiple"),
     ({"num_hidden_layers": 9, "layer_types": None}, "lacks"), ({"num_hidden_layers": 7, "layer_types": None}, "holds"),
     ({"tie_word_embeddings": True}, "ties")])

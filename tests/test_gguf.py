@@ -44,14 +44,17 @@ def write(file, config, tensors, arch, merges=("a b", "Ġ c"), pre="smollm", tok
     if pre is not None:
         writer.add_tokenizer_pre(pre)
     for name, value in (tokenizer or {}).items():
-        add = writer.add_bool if isinstance(value, bool) else writer.add_int32
+        add = {bool: writer.add_bool, list: writer.add_array}.get(type(value), writer.add_int32)
         add(f"tokenizer.ggml.{name}", value)
     writer.add_token_list(TOKENS)
     writer.add_token_types([3, 3] + [1] * (len(TOKENS) - 2))
     writer.add_token_merges(list(merges))
     if "eos_token_id" not in (tokenizer or {}):
         writer.add_eos_token_id(0)
-    writer.add_chat_template(templates)
+    if isinstance(templates, int):
+        writer.add_uint32("tokenizer.chat_template", templates)
+    else:
+        writer.add_chat_template(templates)
     for name, value in tensors.items():
         writer.add_tensor(name, value)
     writer.write_header_to_file()
@@ -161,8 +164,8 @@ def test_merges_that_make_no_tokens_are_refused(example, tmp_path, capsys, merge
     ({"rope.scaling.type": "dynamic", "rope.scaling.factor": 4.0}, "rope.scaling.type 'dynamic' is not supported"),
     ({"rope.scaling.type": "linear"}, "lacks '{}.rope.scaling.factor'"),
     ({"rope.scaling.type": 2}, "{}.rope.scaling.type must be a text"),
-    ({"rope.scaling.type": "linear", "rope.scaling.factor": 0.25}, "factor must be a finite number of at least 1"),
-    ({"rope.scaling.type": "linear", "rope.scaling.factor": float("inf")}, "rope.scaling.factor must be a finite"),
+    ({"rope.scaling.type": "linear", "rope.scaling.factor": 0.25}, "rope.scaling.factor must be a number from 1"),
+    ({"rope.scaling.type": "linear", "rope.scaling.factor": float("inf")}, "rope.scaling.factor must be a number"),
     ({"rope.scaling.type": "linear", "rope.scaling.factor": 2.0, "rope.scaling.attn_factor": 2.0}, "is no field of"),
     ({"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0}, "lacks '{}.rope.scaling.original_context_length'"),
     ({"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0, "rope.scaling.original_context_length": 0},
@@ -170,10 +173,11 @@ def test_merges_that_make_no_tokens_are_refused(example, tmp_path, capsys, merge
     ({"rope.scaling.yarn_log_multiplier": 0.1}, "{}.rope.scaling.yarn_log_multiplier 0.1 is not supported"),
     ({"rope.scaling.yarn_ext_factor": 0.5}, "rope.scaling.yarn_ext_factor 0.5 is not supported"),
     ({"rope.scale_linear": 2.0, "rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, "contradict each other"),
-    ({"rope.scale_linear": "2"}, "rope.scale_linear must be"), ({"rope.scale_linear": 0.5}, "factor must be"),
+    ({"rope.scale_linear": "2"}, "rope.scale_linear must be"),
+    ({"rope.scale_linear": 0.5}, "rope.scale_linear must be a number from 1"),
     ({"rope.dimension_count": 4}, "{}.rope.dimension_count must be the head dimension 8, not 4"),
     ({"attention.value_length": 16}, "{}.attention.value_length must be the head dimension 8, not 16"),
-    ({"rope.freq_base": 0.0}, "rope_theta must be"), ({"rope.freq_base": float("inf")}, "rope.freq_base must be"),
+    ({"rope.freq_base": 0.0}, "rope.freq_base must be"), ({"rope.freq_base": float("inf")}, "rope.freq_base must be"),
     ({"rope.freq_base": float("nan")}, "rope.freq_base must be"), ({"attention.key_length": 0}, "key_length must be"),
     ({"attention.head_count_kv": 0}, "{}.attention.head_count_kv must be an integer of at least 1, not 0"),
     ({"attention.head_count": 0}, "{}.attention.head_count must be"), ({"context_length": 0}, "context_length must be"),
@@ -193,7 +197,9 @@ def test_metadata_that_is_not_computed_is_refused(example, tmp_path, capsys, fie
     ({"eot_token_id": 18}, "tokenizer.ggml.eot_token_id must be"), ({"eom_token_id": 18}, "eom_token_id must be"),
     ({"bos_token_id": 18}, "bos_token_id must be"), ({"eos_token_id": True}, "eos_token_id must be an integer"),
     ({"add_bos_token": True}, "lacks 'tokenizer.ggml.bos_token_id'"), ({"add_bos_token": 1}, "must be true or false"),
-    ({"add_eos_token": 1, "bos_token_id": 1}, "add_eos_token must be true or false")])
+    ({"add_eos_token": 1, "bos_token_id": 1}, "add_eos_token must be true or false"),
+    ({"eos_token_id": [0, 1]}, r"eos_token_id must be an integer of at least -1, not [0, 1]"),
+    ({"eot_token_id": [1]}, "eot_token_id must be an integer"), ({"add_bos_token": [False]}, "add_bos_token must be")])
 def test_tokenizers_that_make_no_sense_are_refused(example, tmp_path, capsys, tokenizer, message):
     _, _, tensors, config, arch = example
     write(tmp_path / "bad.gguf", config, tensors, arch, tokenizer=tokenizer)
@@ -238,6 +244,12 @@ def test_all_chat_templates_travel(example, tmp_path):
     for source in ("model.gguf", "out"):
         pair = load_pretrained(tmp_path / source)
         assert (pair.chat("c"), pair.chat("c", chat_template="tool_use")) == ("ac", "cb")
+
+
+def test_a_chat_template_is_text(example, tmp_path, capsys):
+    _, _, tensors, config, arch = example
+    write(tmp_path / "bad.gguf", config, tensors, arch, templates=3)
+    refused(capsys, tmp_path / "bad.gguf", tmp_path / "out", "tokenizer.chat_template must be a text, not 3")
 
 
 def test_how_text_is_split_is_not_guessed(example, tmp_path, capsys):

@@ -17,9 +17,9 @@ from jetspec_jax.autoregressive import autoregressive_shapes
 from jetspec_jax.config import AutoregressiveHeadConfig
 from jetspec_jax.draft import Params
 from jetspec_jax.generate import generate, stream
-from jetspec_jax.sampling import NO_TOKEN, Sampler, choose, sequence_keys
+from jetspec_jax.sampling import Sampler, choose, sequence_keys, sound
 from jetspec_jax.tree import build_tree
-from pallas_kernels import grouped_matmul, top_w, tree_build
+from pallas_kernels import grouped_matmul, router, top_w, tree_build
 from pallas_kernels.tree_attention import pallas, reference
 from tests.models import Pair, random_pair, random_params, tiny_head, tiny_moe, tiny_target
 
@@ -302,27 +302,67 @@ def test_an_autoregressive_head_that_overflows(budget, sign, monkeypatch):
     assert any(n > 1 for a in tree for n in a.accept_lengths)
 
 
-SAMPLERS = [SamplingParams(), SamplingParams(1.0), SamplingParams(0.5, top_k=3), SamplingParams(2.0, top_p=0.9),
-            SamplingParams(1e-3, top_k=2, top_p=0.5)]
-
-
-@pytest.mark.parametrize("sampling", SAMPLERS)
-@pytest.mark.parametrize("size", [5, 130, 256])
-def test_no_token_where_logits_are_not_finite(size, sampling):
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("size", [5, 130, 256, 4160, 49152])
+def test_logits_from_which_no_token_can_be_chosen(size, dtype):
+    """One NaN among many finite logits too, of either sign and anywhere: a CPU's maximum over many drops it."""
     rng = np.random.default_rng(size)
-    logits = rng.standard_normal((12, size)).astype(np.float32)
+    logits = rng.standard_normal((60, 1, size)).astype(dtype)
     broken = {0: (0, NAN), 1: (size - 1, NAN), 2: (size // 2, -NAN), 3: (size - 1, INF), 4: (slice(None), -INF),
-              5: (slice(None), NAN), 6: (slice(None), INF)}
+              5: (slice(None), NAN), 6: (slice(None), INF),
+              **{row: (int(rng.integers(size)), NAN if row % 2 else -NAN) for row in range(7, 30)}}
     for row, (at, value) in broken.items():
-        logits[row, at] = value
-    logits[7, :-1] = -INF  # one token is left
-    logits[8, 0] = -INF
-    keys = sequence_keys(np.uint32(0), jnp.arange(12, dtype=jnp.uint32))
-    found = choose(Sampler.create(sampling), jnp.asarray(logits)[:, None], keys, jnp.zeros((12,), jnp.int32),
-                   jnp.zeros((12, 1), jnp.int32), depths=1)[:, 0]
-    assert found[:7].tolist() == [NO_TOKEN] * 7
-    assert found[7] == size - 1
-    assert (np.asarray(found[8:]) >= 0).all()
+        logits[row, 0, at] = value
+    logits[30, 0, :-1] = -INF  # one token is left
+    logits[31, 0, 0] = -INF
+    logits[32, 0] = np.finfo(dtype).max
+    logits[33, 0] = -np.finfo(dtype).max
+    for function in (sound, jax.jit(sound, static_argnums=1)):
+        assert np.asarray(function(jnp.asarray(logits), 1))[:, 0].tolist() == [False] * 30 + [True] * 30
+
+
+@pytest.mark.parametrize("tree", [None, TREE])
+@pytest.mark.parametrize("column", [7, 4158])
+def test_one_damaged_column_of_the_lm_head(column, tree):
+    """Its logit alone is NaN, among thousands."""
+    target = tiny_target(dtype="float32", vocab_size=4160)
+    pair = random_pair(3, target, tiny_head(target))
+    edit(pair.params.target["params"], "lm_head", lambda w: w[0, column:column + 1].fill(NAN))
+    with pytest.raises(JetSpecError, match="not finite after 0 tokens"):
+        generate(pair, [1, 2, 3], max_new_tokens=5, tree=tree)
+
+
+@pytest.mark.parametrize("interpret", [False, True])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("normalised", [False, True])
+def test_a_router_does_not_swallow_a_nan(normalised, sign, interpret):
+    rng = np.random.default_rng(0)
+    x, matrix = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((6, 16), (16, 5)))
+    x = x.at[2, 3].set(np.copysign(NAN, sign))
+    kernel = router.pallas if interpret else router.reference
+    with jax.numpy_rank_promotion("allow"):
+        experts, weights = kernel.router(x, matrix, 2, normalised, **({"interpret": True} if interpret else {}))
+    assert np.isnan(weights).tolist() == [[row == 2] * 2 for row in range(6)]
+    assert all(0 <= a < 5 and 0 <= b < 5 and a != b for a, b in np.asarray(experts).tolist())
+    _, damaged_weights = router.reference.router(x, matrix.at[0, 4].set(np.copysign(NAN, sign)), 2, normalised)
+    assert np.isnan(damaged_weights).all()
+
+
+def test_scores_far_below_zero_are_scores(attention):
+    """All keys are equal, so every value counts the same, however unlikely the keys are."""
+    values = jnp.asarray(np.random.default_rng(0).standard_normal((1, 3, 1, 16)), jnp.float32)
+    empty = jnp.zeros((1, 1, 1, 16, 16), jnp.float32)
+    found = attention(jnp.full((1, 3, 1, 16), 1e16, jnp.float32), jnp.full((1, 3, 1, 16), -1e16, jnp.float32), values,
+                      jnp.full((1, 3, 1), 7, jnp.uint32), empty, empty, jnp.int32(0), jnp.zeros((1,), jnp.int32))
+    np.testing.assert_allclose(found, np.broadcast_to(np.asarray(values).mean(axis=1, keepdims=True), found.shape),
+                               atol=1e-6)
+
+
+def test_zero_has_no_sign_among_scores():
+    """lax.top_k orders -0.0 below 0.0, and a child must not come before its parent."""
+    found = np.asarray(tree_build.reference.bounded(jnp.asarray([-0.0, 0.0, -NAN, 5.0, -1.0], jnp.float32)))
+    assert np.signbit(found).tolist() == [False, False, True, False, True]
+    assert found.tolist() == [0.0, 0.0, np.float32(-1e30), 0.0, -1.0]
 
 
 def damaged(pair, token):
@@ -391,7 +431,7 @@ def test_a_tiny_top_p_means_the_best_token(top_p, dtype):
     (SamplingParams(100.0), [1e-45, 0.0, -1e-45], {0, 1, 2}),
     (SamplingParams(1.0, top_p=float(np.nextafter(1, 0))), [0.0, 0.0, 0.0], {0, 1, 2}),
     (SamplingParams(1.0, top_p=1.0), [0.0, 0.0, -200.0], {0, 1}),
-    (SamplingParams(1.0, top_k=2**80), [0.0, 0.0, 0.0], {0, 1, 2}),
+    (SamplingParams(1.0, top_k=2**62), [0.0, 0.0, 0.0], {0, 1, 2}),
     (SamplingParams(1.0, top_k=1), [0.0, 1e-3, 0.0], {1}),
     (SamplingParams(100.0, top_k=1, top_p=1e-45), [1.0, 1.0, 0.0], {0, 1}),  # ties are kept
 ])
@@ -402,3 +442,9 @@ def test_sampling_at_the_ends_of_float32(sampling, logits, expected):
     found = choose(Sampler.create(sampling), rows, keys, jnp.zeros((300,), jnp.int32), jnp.zeros((300, 1), jnp.int32),
                    depths=1)
     assert set(np.asarray(found)[:, 0].tolist()) == expected
+
+
+def test_numbers_that_nobody_could_print():
+    for field in ("temperature", "top_k", "top_p"):
+        with pytest.raises(JetSpecError, match=f"{field} has too many digits"):
+            SamplingParams(**{"temperature": 1.0, field: 10**5000})

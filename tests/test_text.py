@@ -96,6 +96,10 @@ TOKENIZERS = {
                                                decoders.WordPiece(cleanup=True)),
     "ends of words": fast(bpe(["a</w>", "b", "c</w>", "</w>", "d"]), decoders.BPEDecoder("</w>")),
     "no decoder": fast(bpe(WORDS), None),
+    "byte level, alone in a sequence": fast(bpe([*bytes_to_unicode().values(), "".join(
+        bytes_to_unicode()[byte] for byte in b"\xa0\xe4\xbd")]), decoders.Sequence([decoders.ByteLevel()])),
+    "joined text is rewritten": fast(bpe(["a", " ", ". ", "b.", "  "]), decoders.Sequence([
+        decoders.Fuse(), decoders.Replace(". ", "!"), decoders.Replace("  ", " ")])),
 }
 TOKENIZERS |= {f"{name}, slow": Slow(TOKENIZERS[name]) for name in ("byte level", "metaspace", "ends of words")}
 
@@ -183,6 +187,8 @@ def test_tokens_that_never_end_with_a_character():
     tokenizer = TOKENIZERS["byte level"]
     ids = [256 + SPLIT.index(token) for token in (b"\xe4\xbd", *[b"\xa0\xe4\xbd"] * 3)]
     assert pieces(tokenizer, ids, every(1)) == ["", "你", "你", "你\N{REPLACEMENT CHARACTER}"]
+    again = pieces(TOKENIZERS["byte level, alone in a sequence"], [256] * 4, every(1))
+    assert again == ["\N{REPLACEMENT CHARACTER}", "你", "你", "你\N{REPLACEMENT CHARACTER}"]
 
 
 def test_clean_up_of_text_that_comes_by_letters():

@@ -11,12 +11,14 @@ import pytest
 from jax.sharding import Mesh
 
 from jetspec_jax import JetSpecError, SamplingParams, TreeConfig
+from jetspec_jax.autoregressive import autoregressive_shapes
 from jetspec_jax.cache import KVCache
+from jetspec_jax.config import AutoregressiveHeadConfig
 from jetspec_jax.draft import HeadDrafter, Params
 from jetspec_jax.generate import generate
-from jetspec_jax.head import head_context, head_forward, init_head
+from jetspec_jax.head import head_context, head_forward, head_shapes, init_head
 from jetspec_jax.target import target_embed, target_logits
-from jetspec_jax.training.batches import Batches, pack
+from jetspec_jax.training.batches import Batch, Batches, pack
 from jetspec_jax.training.checkpoints import TrainCheckpoints
 from jetspec_jax.training.config import TrainConfig
 from jetspec_jax.training.dataset import Dataset, DatasetInfo, DatasetWriter
@@ -32,7 +34,7 @@ from jetspec_jax.training.loss import (
 )
 from jetspec_jax.training.record import Recording, record_answers
 from jetspec_jax.training.trainer import Trainer
-from tests.models import random_pair, tiny_head, tiny_moe, tiny_target
+from tests.models import random_pair, random_params, tiny_head, tiny_moe, tiny_target
 
 LAYERS = (0, 1)
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6], [5, 3], [5, 8, 9, 7, 9, 3], [2, 3, 8, 4]]
@@ -481,3 +483,34 @@ def test_heads_and_data_that_do_not_fit(pair, dataset):
 
 def test_drafter_reads_what_training_tapped(pair):
     assert HeadDrafter(pair.target_config, pair.head_config, TreeConfig()).taps == LAYERS
+
+
+@pytest.mark.parametrize("states", [False, True])
+@pytest.mark.parametrize("autoregressive", [False, True])
+def test_padding_poisons_nothing(states, autoregressive):
+    """Places of the padding token, whatever the target makes of it, and anchors that are none."""
+    pair = pair_of()
+    head = AutoregressiveHeadConfig.like(pair.head_config) if autoregressive else pair.head_config
+    shapes = autoregressive_shapes(head) if autoregressive else head_shapes(head)
+    params, rng = random_params(shapes, np.random.default_rng(1)), np.random.default_rng(0)
+    width = pair.target_config.num_layers * pair.target_config.hidden_size if states else 0
+    tokens = rng.integers(1, pair.target_config.vocab_size - 1, (1, 20)).astype(np.int32)
+    segment = np.asarray([[1] * 9 + [2] * 7 + [0] * 4], np.int32)
+    position = np.asarray([[*range(9), *range(7), 0, 0, 0, 0]], np.int32)
+    stored = np.asarray(jnp.asarray(rng.standard_normal((1, 20, width)), jnp.bfloat16)).view(np.uint16)
+    tokens[segment == 0] = 0
+    batch = Batch(tokens, segment, position, stored, np.asarray([[2, 5, 11, 17]], np.int32),
+                  np.asarray([[True, True, True, False]]), np.zeros((0,), np.int32))
+    damaged = {"params": {**pair.params.target["params"],
+                          "embedding": pair.params.target["params"]["embedding"].at[0].set(np.nan)}}
+    poisoned = batch.replace(states=np.where(segment[..., None] > 0, stored, np.uint16(0x7F80)))
+    layers = tuple(range(pair.target_config.num_layers))
+
+    def loss(params, target, batch):
+        return loss_and_metrics(pair.target_config, head, config_of(), layers, params, target, batch)[0]
+
+    found = [jax.value_and_grad(loss)(params, target, batch)
+             for target, batch in ((pair.params.target, batch), (damaged, poisoned))]
+    for theirs, mine in zip(*map(jax.tree.leaves, found), strict=True):
+        assert np.isfinite(mine).all()
+        np.testing.assert_array_equal(mine, theirs)

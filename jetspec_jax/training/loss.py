@@ -34,14 +34,19 @@ class Slots:
 
 
 def batch_states(target: TargetConfig, params: dict, batch: Batch, layers: tuple[int, ...]) -> Array:
-    """Outputs of the target's `layers`, [B, P, T*D]: the stored ones, or the target's own forward where none are."""
+    """Outputs of the target's `layers`, [B, P, T*D]: the stored ones, or the target's own forward where none are.
+
+    Padding has zeros, so that whatever the target makes of it comes into no product.
+    """
+    real = (batch.segment > 0)[..., None]
     if batch.states.shape[-1]:
-        return lax.bitcast_convert_type(batch.states, jnp.bfloat16).astype(target.jnp_dtype)
+        return jnp.where(real, lax.bitcast_convert_type(batch.states, jnp.bfloat16).astype(target.jnp_dtype), 0)
     rows, width = batch.tokens.shape
     same = (batch.segment[:, :, None] == batch.segment[:, None, :]) & jnp.tril(jnp.ones((1, width, width), bool))
     nothing = KVCache.create(target, rows, 16)  # the fewest slots that the kernel takes
-    return lax.stop_gradient(target_forward(target, params, batch.tokens, batch.position, pack_bits(same), nothing,
-                                            jnp.zeros((rows,), jnp.int32), layers).tapped)
+    tapped = target_forward(target, params, batch.tokens, batch.position, pack_bits(same), nothing,
+                            jnp.zeros((rows,), jnp.int32), layers).tapped
+    return lax.stop_gradient(jnp.where(real, tapped, 0))
 
 
 def run_blocks(target: TargetConfig, head: HeadConfig, target_params: dict, head_params: Any, batch: Batch,
@@ -56,6 +61,7 @@ def run_blocks(target: TargetConfig, head: HeadConfig, target_params: dict, head
     masks = jnp.full((rows, anchors, slots - 1), head.mask_token_id, jnp.int32)
     anchor_token = jnp.take_along_axis(batch.tokens, batch.anchor, axis=1)
     block = target_embed(target, target_params, jnp.concatenate([anchor_token[..., None], masks], axis=-1))
+    block = jnp.where(batch.anchor_real[..., None, None], block, 0)
     at = jnp.take_along_axis(batch.position, batch.anchor, axis=1)  # [B, A], absolute position of the anchor
     slot_position = at[:, :, None] + jnp.arange(slots, dtype=jnp.int32)[None, None, :]
     positions = jnp.concatenate([batch.position, slot_position.reshape(rows, -1)], axis=1)
@@ -88,6 +94,9 @@ def block_attention(q: Array, k: Array, v: Array, context: Array, inside: Array)
     # Heads of a group become rows of one product over the context, [B, K, g*A*G', C].
     q = (q * jnp.asarray(width**-0.5, q.dtype)).reshape(rows, blocks, kv_heads, group, width).transpose(0, 2, 3, 1, 4)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, P+A*G', C]
+    # What nobody sees (padding) is multiplied by a weight of zero, forwards and backwards.
+    seen = jnp.concatenate([jnp.any(context, axis=1), jnp.ones((rows, blocks), bool)], axis=1)[:, None, :, None]
+    k, v = jnp.where(seen, k, 0), jnp.where(seen, v, 0)
     before = jnp.einsum("bkrc,bkpc->bkrp", q.reshape(rows, kv_heads, group * blocks, width), k[:, :, :length])
     before = before.reshape(rows, kv_heads, group, anchors, slots, length)
     blockwise = (rows, kv_heads, group, anchors, slots, width)
@@ -111,7 +120,7 @@ def run_unrolled(target: TargetConfig, head: AutoregressiveHeadConfig, target_pa
     """An autoregressive head's hidden states [B, A, G'-1, D]: depth i of an anchor is the i-th pass over the row, each
     pass reading what the one before put out one place earlier (EAGLE-3's training-time test)."""
     width = batch.tokens.shape[1]
-    embedded = target_embed(target, target_params, batch.tokens)
+    embedded = jnp.where((batch.segment > 0)[..., None], target_embed(target, target_params, batch.tokens), 0)
     place = jnp.arange(width, dtype=jnp.int32)
     distance = place[:, None] - place[None, :]
     same = batch.segment[:, :, None] == batch.segment[:, None, :]
@@ -154,6 +163,9 @@ def unrolled_attention(q: Array, keys: list[tuple[Array, Array]], seen: Array) -
     rows, length, heads, width = q.shape
     kv_heads = keys[0][0].shape[2]
     q = (q * jnp.asarray(width**-0.5, q.dtype)).reshape(rows, length, kv_heads, heads // kv_heads, width)
+    shown = jnp.any(seen, axis=1)[:, :, None, None]
+    k, v = keys[0]
+    keys = [(jnp.where(shown, k, 0), jnp.where(shown, v, 0)), *keys[1:]]  # as in `block_attention`
     first = jnp.einsum("bpkgc,bskc->bkgps", q, keys[0][0])
     scores = [jnp.where(seen[:, None, None], first, -jnp.inf)]
     later = [(_shift(k, len(keys) - 1 - m), _shift(v, len(keys) - 1 - m)) for m, (k, v) in enumerate(keys) if m]

@@ -64,7 +64,8 @@ def _kernel(
 
     logits = lax.fori_loop(jnp.int32(0), jnp.int32(inner // depth), step, jnp.zeros((ROWS, columns), jnp.float32))
     expert = lax.broadcasted_iota(jnp.int32, (ROWS, columns), 1)
-    logits = jnp.where(expert < count, logits, -jnp.inf)
+    nan = jnp.max(jnp.where(logits == logits, 0.0, 1.0), axis=1)[:, None] > 0
+    logits = jnp.where((expert < count) & (logits == logits), logits, -jnp.inf)
     peak = jnp.max(logits, axis=1)[:, None]
     mass = jnp.sum(jnp.exp(logits - peak), axis=1)
 
@@ -77,7 +78,7 @@ def _kernel(
         chosen, likely = jnp.where(place == choice, first, chosen), jnp.where(place == choice, best, likely)
         logits = jnp.where(expert == first, -jnp.inf, logits)
     share = jnp.exp(likely - peak)
-    weights = share / (jnp.sum(share, axis=1) if normalised else mass)[:, None]
+    weights = jnp.where(nan, jnp.nan, share / (jnp.sum(share, axis=1) if normalised else mass)[:, None])
     row = first_row + lax.broadcasted_iota(jnp.int32, shape, 0)
     real = (row < rows) & (place < choices)
     pltriton.store(experts_ref.at[row, place], chosen, mask=real)

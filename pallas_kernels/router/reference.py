@@ -20,11 +20,12 @@ def router(x: Array, matrix: Array, choices: int, normalised: bool) -> tuple[Arr
         normalised: the weights of the chosen experts sum to one; otherwise they are their shares of all experts.
 
     Returns:
-        (experts int32 [N, A], most likely first; their weights float32 [N, A], float64 for float64).
+        (experts int32 [N, A], most likely first; their weights float32 [N, A], float64 for float64). Of a token with a
+        NaN among its logits they are any A different experts, with NaN for weights.
     """
     logits = jnp.matmul(x, matrix, precision=lax.Precision.HIGHEST,
                         preferred_element_type=np.promote_types(x.dtype, np.float32))
     best, experts = lax.top_k(logits, choices)
-    if normalised:
-        return experts, jax.nn.softmax(best, axis=-1)
-    return experts, jnp.exp(best - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
+    total = jax.nn.logsumexp(best if normalised else logits, axis=-1, keepdims=True)
+    # The best may be without a NaN: one with a sign comes last.
+    return experts, jnp.where(jnp.any(jnp.isnan(logits), axis=-1, keepdims=True), jnp.nan, jnp.exp(best - total))

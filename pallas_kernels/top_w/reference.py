@@ -35,7 +35,7 @@ def top_w(logits: Array, width: int, skip: int = 0) -> tuple[Array, Array]:
 
 
 def argmax_last(x: Array) -> Array:
-    """First index of the maximum over the last axis, int32; of a NaN, where there is one.
+    """First index of the maximum over the last axis, int32; any index where there is a NaN.
 
     One pass over x takes the maximum of each block of `BLOCK` values, which vectorises where an argmax over the whole
     vocabulary does not; the rest looks at the winning block alone.
@@ -50,5 +50,5 @@ def argmax_last(x: Array) -> Array:
     if blocks * BLOCK == x.shape[-1]:
         return index
     tail = x[..., blocks * BLOCK:]
-    in_tail = jnp.argmax(jnp.stack([jnp.max(winner, axis=-1), jnp.max(tail, axis=-1)], axis=-1), axis=-1) == 1
+    in_tail = jnp.max(tail, axis=-1) > jnp.max(winner, axis=-1)
     return jnp.where(in_tail, blocks * BLOCK + jnp.argmax(tail, axis=-1).astype(jnp.int32), index)

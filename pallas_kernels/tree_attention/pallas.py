@@ -20,7 +20,7 @@ from jax.experimental.pallas import triton as pltriton
 from pallas_kernels.tree_attention.config import WORD, TreeAttentionConfig, choose_config, padded
 from pallas_kernels.tree_attention.reference import settle
 
-LOWEST = -1e30  # stands for -inf where a difference of two must not be NaN
+LOWEST = -3e38  # stands for -inf where a difference of two must not be NaN
 LOG2_E = 1.4426950408889634
 COMBINED_ROWS = 8  # rows per block of the second launch: many small blocks
 

@@ -21,7 +21,7 @@ from jax import Array
 
 from pallas_kernels.tree_attention.config import TreeAttentionConfig, choose_config, padded
 
-LOWEST = tl.constexpr(-1e30)  # stands for -inf where a difference of two must not be NaN
+LOWEST = tl.constexpr(-3e38)  # stands for -inf where a difference of two must not be NaN
 WORD = tl.constexpr(32)  # columns of new tokens met at a time
 LOG2_E = math.log2(math.e)
 COMBINED_ROWS = 4  # per block of the combine

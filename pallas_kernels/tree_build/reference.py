@@ -32,8 +32,11 @@ def tree_build(anchor: Array, tokens: Array, logp: Array, nodes: int, best_first
 
 
 def bounded(logp: Array) -> Array:
-    """Log-probabilities from `LOWEST` to 0, a NaN the lowest: no child then scores above its parent."""
-    return jnp.where(logp > LOWEST, jnp.minimum(logp, 0), LOWEST)
+    """Log-probabilities from `LOWEST` to 0, a NaN the lowest: no child then scores above its parent.
+
+    Zero has no sign, by which `lax.top_k` would order.
+    """
+    return jnp.where(logp > LOWEST, jnp.where(logp < 0, logp, 0), LOWEST)
 
 
 def grow_accum_logp(nodes: int, anchor: Array, tokens: Array, logp: Array) -> Tree:
