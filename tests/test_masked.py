@@ -338,13 +338,14 @@ def test_one_damaged_column_of_the_lm_head(column, tree):
 def test_a_router_does_not_swallow_a_nan(normalised, sign, interpret):
     rng = np.random.default_rng(0)
     x, matrix = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((6, 16), (16, 5)))
-    x = x.at[2, 3].set(np.copysign(NAN, sign))
+    nan = jnp.float32(np.copysign(NAN, sign))
+    x = x.at[2, 3].set(nan)
     kernel = router.pallas if interpret else router.reference
     with jax.numpy_rank_promotion("allow"):
         experts, weights = kernel.router(x, matrix, 2, normalised, **({"interpret": True} if interpret else {}))
     assert np.isnan(weights).tolist() == [[row == 2] * 2 for row in range(6)]
     assert all(0 <= a < 5 and 0 <= b < 5 and a != b for a, b in np.asarray(experts).tolist())
-    _, damaged_weights = router.reference.router(x, matrix.at[0, 4].set(np.copysign(NAN, sign)), 2, normalised)
+    _, damaged_weights = router.reference.router(x, matrix.at[0, 4].set(nan), 2, normalised)
     assert np.isnan(damaged_weights).all()
 
 

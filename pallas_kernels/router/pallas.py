@@ -16,6 +16,7 @@ from jax.experimental.pallas import triton as pltriton
 ROWS = 16
 MAX_DEPTH = 256  # bytes of the inner dimension, a step
 MAX_EXPERTS = 256  # whose logits a block holds in registers
+LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 def router(x: Array, matrix: Array, choices: int, normalised: bool, *, interpret: bool = False) -> tuple[Array, Array]:
@@ -65,7 +66,8 @@ def _kernel(
     logits = lax.fori_loop(jnp.int32(0), jnp.int32(inner // depth), step, jnp.zeros((ROWS, columns), jnp.float32))
     expert = lax.broadcasted_iota(jnp.int32, (ROWS, columns), 1)
     nan = jnp.max(jnp.where(logits == logits, 0.0, 1.0), axis=1)[:, None] > 0
-    logits = jnp.where((expert < count) & (logits == logits), logits, -jnp.inf)
+    # Different experts come out whatever went in: -inf is kept for what is not there or was taken.
+    logits = jnp.where(expert < count, jnp.where(logits > LOWEST, logits, LOWEST), -jnp.inf)
     peak = jnp.max(logits, axis=1)[:, None]
     mass = jnp.sum(jnp.exp(logits - peak), axis=1)
 
