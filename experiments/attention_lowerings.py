@@ -27,8 +27,9 @@ from experiments.common import run_main
 from experiments.h100.compile import described_gpu, on_h100, require_plugin
 from experiments.h100.kernels import assemble
 from jetspec_jax import JetSpecError
-from jetspec_jax.config import PRESETS, KernelBackend
+from jetspec_jax.config import KernelBackend
 from jetspec_jax.kernels import tree_attention
+from jetspec_jax.presets import PRESETS
 
 DUMPS = Path(os.environ["JAX_TRITON_DUMP_DIR"])
 LOWERINGS: tuple[KernelBackend, ...] = ("pallas", "triton")

@@ -27,7 +27,8 @@ from experiments.common import (
     sampling_from,
 )
 from jetspec_jax import JetSpecError, Pair
-from jetspec_jax.config import FLOAT_DTYPES, PRESETS, default_target_layer_ids
+from jetspec_jax.config import FLOAT_DTYPES
+from jetspec_jax.presets import PRESETS, default_target_layer_ids
 from jetspec_jax.pretrained import cache_folder
 from jetspec_jax.text import ChatText
 from jetspec_jax.training.dataset import DatasetInfo, DatasetWriter

@@ -41,7 +41,8 @@ from experiments.plots import Line, Panel, save_plot
 from jetspec_jax import HeadConfig, JetSpecError, Pair, TreeConfig, load_pretrained, with_head
 from jetspec_jax.attention import causal_bits, pack_bits
 from jetspec_jax.cache import KVCache
-from jetspec_jax.config import PRESETS, TargetConfig
+from jetspec_jax.config import TargetConfig
+from jetspec_jax.presets import PRESETS
 from jetspec_jax.target import target_forward, target_logits
 from jetspec_jax.training.batches import Batch, Batches
 from jetspec_jax.training.config import TrainConfig

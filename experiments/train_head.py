@@ -30,15 +30,9 @@ from jetspec_jax import JetSpecError, TreeConfig, load_pretrained
 from jetspec_jax.autoregressive import init_autoregressive
 from jetspec_jax.checkpoint import save, written_beside
 from jetspec_jax.collectives import DATA
-from jetspec_jax.config import (
-    PRESETS,
-    AutoregressiveHeadConfig,
-    DrafterConfig,
-    HeadConfig,
-    TargetConfig,
-    default_target_layer_ids,
-)
+from jetspec_jax.config import AutoregressiveHeadConfig, DrafterConfig, HeadConfig, TargetConfig
 from jetspec_jax.head import init_head
+from jetspec_jax.presets import PRESETS, default_target_layer_ids
 from jetspec_jax.pretrained import load_head
 from jetspec_jax.training.batches import Batches
 from jetspec_jax.training.checkpoints import TrainCheckpoints

@@ -7,9 +7,10 @@ Dimension glossary, the same letters everywhere:
     (anchor + G-1 drafted depths) · R rows of an accepted path (at most G) · T tapped target layers
 """
 
-from jetspec_jax.config import PRESETS, HeadConfig, PromptLookup, SamplingParams, TargetConfig, TreeConfig
+from jetspec_jax.config import HeadConfig, PromptLookup, SamplingParams, TargetConfig, TreeConfig
 from jetspec_jax.errors import JetSpecError
 from jetspec_jax.pair import Pair
+from jetspec_jax.presets import PRESETS
 from jetspec_jax.pretrained import load_pretrained, with_head
 
 __all__ = ["PRESETS", "HeadConfig", "JetSpecError", "Pair", "PromptLookup", "SamplingParams", "TargetConfig",

@@ -16,10 +16,11 @@ from jax.sharding import Mesh
 from converters import convert
 from converters.tokenizer import load_tokenizer, save_tokenizer
 from jetspec_jax import checkpoint
-from jetspec_jax.config import FLOAT_DTYPES, PRESETS, DrafterConfig, Preset, TargetConfig
+from jetspec_jax.config import FLOAT_DTYPES, DrafterConfig, TargetConfig
 from jetspec_jax.draft import Params
 from jetspec_jax.errors import JetSpecError
 from jetspec_jax.pair import Pair
+from jetspec_jax.presets import PRESETS, Preset
 from jetspec_jax.sharding import shards_of
 from jetspec_jax.tiles import to_tiles, worth_tiles
 from jetspec_jax.wheels import SMOLLM2_GGUF, fetch

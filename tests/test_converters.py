@@ -24,9 +24,9 @@ from converters.assemble import take_apart
 from converters.cli import main
 from converters.names import head_slots, target_slots
 from jetspec_jax import JetSpecError, checkpoint, load_pretrained
-from jetspec_jax.config import PRESETS
 from jetspec_jax.generate import generate
 from jetspec_jax.head import head_shapes
+from jetspec_jax.presets import PRESETS
 from jetspec_jax.target import target_shapes
 from tests.models import DATA, tiny_head, tiny_moe, tiny_target
 

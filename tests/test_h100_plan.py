@@ -23,7 +23,7 @@ from experiments.h100.predict import load_predictions, predicted_kernel, predict
 from experiments.h100.roofline import Operation, estimate, floor, head_operations, target_operations
 from experiments.h100.sweep import fill, table
 from jetspec_jax import JetSpecError, TreeConfig
-from jetspec_jax.config import PRESETS
+from jetspec_jax.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
 

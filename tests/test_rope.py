@@ -16,9 +16,10 @@ from converters.cli import main
 from experiments.h100.plan import released_shape
 from experiments.train_head import starting_point
 from jetspec_jax import JetSpecError, TreeConfig, checkpoint, load_pretrained
-from jetspec_jax.config import Preset, RopeScaling
+from jetspec_jax.config import RopeScaling
 from jetspec_jax.generate import generate
 from jetspec_jax.head import DraftHead, head_shapes
+from jetspec_jax.presets import Preset
 from jetspec_jax.rotary import frequency_divisors, rotary_tables
 from jetspec_jax.target import target_shapes
 from tests.models import BUILDERS, DATA, random_pair, random_params, tiny_head, tiny_moe, tiny_target

@@ -35,11 +35,12 @@ from experiments.h100.roofline import (
     target_operations,
 )
 from jetspec_jax import PRESETS, HeadConfig, JetSpecError, SamplingParams, TreeConfig
-from jetspec_jax.config import Preset, TargetConfig, default_target_layer_ids
+from jetspec_jax.config import TargetConfig
 from jetspec_jax.decode import Decoder, create_state, prefill, run_rounds
 from jetspec_jax.draft import HeadDrafter, NoDrafter, Params, plain_nodes
 from jetspec_jax.generate import PROMPT_CHUNK, bucket
 from jetspec_jax.head import head_shapes
+from jetspec_jax.presets import Preset, default_target_layer_ids
 from jetspec_jax.sampling import Sampler
 from jetspec_jax.sharding import over_mesh
 from jetspec_jax.target import target_shapes
