@@ -189,16 +189,14 @@ def run_target(decoder: Decoder, params: Params, cache: KVCache, tree: DraftTree
 def judge(decoder: Decoder, state: DecodeState, tree: DraftTree, logits: Array, position: Array) -> AcceptedPath:
     """The target's choice after every node, and the longest branch that agrees with it.
 
-    The path ends at the first node whose logits are not sound, with NO_TOKEN.
+    What follows a node whose logits are not sound is NO_TOKEN, with which the answer ends.
     """
     with jax.named_scope("accept"):
         longest = decoder.drafter.max_path
         verdict = choose(state.sampler, logits, state.keys, position + 1, tree.depth, depths=longest)
         path = accept(tree, verdict, longest)
         on_path = jnp.take_along_axis(logits, path.nodes[:, :, None], axis=1)
-        fine = sound(on_path, state.sampler.shards)  # [B, R]
-        until = jnp.where(jnp.all(fine, axis=1), longest, jnp.argmin(fine, axis=1).astype(jnp.int32) + 1)
-        return replace(path, tokens=jnp.where(fine, path.tokens, NO_TOKEN), count=jnp.minimum(path.count, until))
+        return replace(path, tokens=jnp.where(sound(on_path, state.sampler.shards), path.tokens, NO_TOKEN))
 
 
 def commit(cache: KVCache, out: TargetOutput, path: AcceptedPath, position: Array, count: Array) -> KVCache:

@@ -334,7 +334,7 @@ class Run:
         reason, error = "length", None
         if answer[-1] == NO_TOKEN:
             answer = answer[:-1]
-            accepted = [*accepted[:-1], *(length - 1 for length in accepted[-1:])]
+            accepted = [*accepted[:-1], len(answer) - 1 - sum(accepted[:-1])] if accepted else []
             reason, error = "error", not_finite(request.index, len(answer), self.pair.target_config.dtype)
         elif answer[-1] in self.eos:
             reason = "stop"

@@ -424,7 +424,7 @@ def test_launches(qwen3_8b):
     assert 9 <= launches["per_head_layer"] <= 10  # jax 0.12 has one more
     assert launches["by_kind"]["tree_attention_combine"] == 36 + 5
     assert launches["by_kind"]["gated_product"] == 5  # the head's 16 rows
-    assert launches["total"] <= 36 * 10 + 5 * 9 + 45
+    assert launches["total"] <= 36 * 10 + 5 * 9 + 48  # three of them look at the logits of the accepted path
 
 
 @aot
