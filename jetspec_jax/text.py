@@ -38,7 +38,8 @@ class TextStream:
     """The text of one answer while its tokens arrive.
 
     All pieces joined are exactly what the tokenizer makes of the whole answer, special tokens left out. Text is told as
-    soon as no later token can change it, at a cost that grows as the answer does.
+    soon as no later token can change it (of a tokenizer that rewrites what it has joined, at the end), at a cost that
+    grows as the answer does.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -80,6 +81,7 @@ class _InContext:
     Attributes:
         window: tokens that were told last (see `_context`).
         told: how many characters they make.
+        only_whole: nothing can be told before the answer ends.
         waiting: tokens that are not told yet.
         cuts: after how many of them no run of byte tokens is open.
     """
@@ -90,8 +92,9 @@ class _InContext:
         steps = _steps(tokenizer)
         self.byte_fallback = "ByteFallback" in steps
         self.joins_bytes = getattr(tokenizer, "backend_tokenizer", None) is None or "ByteLevel" in steps
-        # What rewrites the joined text may do so across any two tokens.
-        self.only_whole = "Replace" in "".join(steps).partition("Fuse")[2]
+        # What rewrites text that has been joined may do so across any two tokens.
+        joined = next((i for i, step in enumerate(steps) if step in ("Fuse", "ByteLevel")), len(steps))
+        self.only_whole = "Replace" in steps[joined:]
         self.window: list[int] = []
         self.told = 0
         self.waiting: list[int] = []

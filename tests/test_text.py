@@ -98,6 +98,8 @@ TOKENIZERS = {
     "no decoder": fast(bpe(WORDS), None),
     "byte level, alone in a sequence": fast(bpe([*bytes_to_unicode().values(), "".join(
         bytes_to_unicode()[byte] for byte in b"\xa0\xe4\xbd")]), decoders.Sequence([decoders.ByteLevel()])),
+    "joined bytes are rewritten": fast(bpe([*bytes_to_unicode().values(), "Ġ."]), decoders.Sequence([
+        decoders.ByteLevel(), decoders.Replace(" .", ".")])),
     "joined text is rewritten": fast(bpe(["a", " ", ". ", "b.", "  "]), decoders.Sequence([
         decoders.Fuse(), decoders.Replace(". ", "!"), decoders.Replace("  ", " ")])),
 }
