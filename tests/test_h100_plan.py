@@ -479,8 +479,9 @@ def test_four_gpus_share_qwen3_32b():
     """Two sums a layer, and of the embedding and the taps; best tokens are joined; no weights travel."""
     report = compile_round("qwen3-32b", 4)
     summed = next(row for row in report["collectives"] if row["kind"] == "all-reduce")
-    # 5 layers of the target on 256 nodes; 5 of the head, its embedding and its taps on 16 rows.
-    assert summed["bytes"] == (11 * 256 + 12 * 16) * 5120 * 2 * 2 * 3 // 4
+    # 5 layers of the target on 256 nodes; 5 of the head, its embedding and its taps on 16 rows. And of each of 16 nodes
+    # the largest logit along the path, in float32.
+    assert summed["bytes"] == ((11 * 256 + 12 * 16) * 5120 * 2 + 16 * 4) * 2 * 3 // 4
     assert {row["kind"] for row in report["collectives"]} == {"all-reduce", "all-gather"}
     assert sum(row["bytes"] for row in report["collectives"] if row["kind"] == "all-gather") < 100e3
     assert report["collectives_per_target_layer"] == 2
