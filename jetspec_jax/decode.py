@@ -56,7 +56,7 @@ class DecodeState:
     drafter: Any  # what the drafter carries
     sampler: Sampler
     keys: Array  # [B] random keys, one per sequence
-    eos: Array  # int32 [E], token ids that end a sequence, and -1
+    eos: Array  # int32 [E], token ids that end a sequence, padded with -1
     rounds: Array  # int32 [B]
     accept_lengths: Array  # int32 [B, S], per round, the free token included
     tree_sizes: Array  # int32 [B, S], per round

@@ -94,15 +94,15 @@ def sound(logits: Array, shards: int) -> Array:
     return jnp.isfinite(all_max(jnp.max(jnp.where(jnp.isnan(logits), jnp.inf, logits), axis=-1), shards))
 
 
-def log_softmax(x: Array, shards: int) -> Array:
-    """Log-probabilities over a last axis that may be spread over devices."""
-    shifted = x - all_max(jnp.max(x, axis=-1, keepdims=True), shards)
-    return shifted - jnp.log(all_sum(jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True), shards))
+def normalised(x: Array, shards: int) -> Array:
+    """Log-probabilities from numbers of which the largest is at or little below zero, so that none overflows; over a
+    last axis that may be spread over devices."""
+    return x - jnp.log(all_sum(jnp.sum(jnp.exp(x), axis=-1, keepdims=True), shards))
 
 
 def warp(sampler: Sampler, logits: Array) -> Array:
     """Log-probabilities [..., V] after temperature, top-k and top-p; what is cut has -inf."""
-    # The best is at zero before the division, which a small temperature would otherwise make infinite.
+    # The best is at zero before the division, which a small temperature would otherwise make infinite, and stays there.
     peak = all_max(jnp.max(logits, axis=-1, keepdims=True), sampler.shards)
     logits = (logits - peak) / sampler.temperature.astype(logits.dtype)
     if sampler.use_top_k:
@@ -110,10 +110,10 @@ def warp(sampler: Sampler, logits: Array) -> Array:
         count = jnp.minimum(sampler.top_k, logits.shape[-1] * sampler.shards).astype(logits.dtype)
         cut = mass_threshold(logits, ones, count, sampler.shards)
         logits = jnp.where(logits >= cut, logits, -jnp.inf)
-    logp = log_softmax(logits, sampler.shards)
+    logp = normalised(logits, sampler.shards)
     if sampler.use_top_p:
         cut = mass_threshold(logp, jnp.exp(logp), sampler.top_p.astype(logp.dtype), sampler.shards)
-        logp = log_softmax(jnp.where(logp >= cut, logp, -jnp.inf), sampler.shards)
+        logp = normalised(jnp.where(logp >= cut, logp, -jnp.inf), sampler.shards)
     return logp
 
 

@@ -151,11 +151,12 @@ def test_a_rejected_node_that_overflows(dtype, large):
     tree = generate(pair, prompts, max_new_tokens=12, tree=TREE, batch_size=2)
     assert [a.token_ids for a in tree] == [a.token_ids for a in plain]
     assert max(max(a.tree_sizes) for a in tree) > 17  # so the trees hold every token
-    with pytest.warns(RuntimeWarning, match=rf"prompt 0.*not finite after 0 tokens.*{dtype}"):
-        poisoned, healthy = generate(pair, [[1, 5, 2, 5, 3] * 14, prompts[0]], max_new_tokens=12, tree=TREE,
-                                     batch_size=1)
-    assert (poisoned.token_ids, poisoned.finish_reason) == ([], "error")
-    assert healthy.token_ids == plain[0].token_ids  # refilled into the row of the poisoned one
+    for draft in (None, TREE):
+        with pytest.warns(RuntimeWarning, match=rf"prompt 0.*not finite after 0 tokens.*{dtype}"):
+            poisoned, healthy = generate(pair, [[1, 5, 2, 5, 3] * 14, prompts[0]], max_new_tokens=12, tree=draft,
+                                         batch_size=1)
+        assert (poisoned.token_ids, poisoned.finish_reason) == ([], "error")
+        assert healthy.token_ids == plain[0].token_ids  # refilled into the row of the poisoned one
 
 
 @pytest.mark.parametrize(("dtype", "large"), [("float16", 300.0), ("float32", 1e20)])

@@ -12,7 +12,7 @@ BLOCK = 64  # divides the usual vocabularies
 def top_w(logits: Array, width: int, skip: int = 0) -> tuple[Array, Array]:
     """The W most likely tokens of each row, most likely first (the lower id first among equals).
 
-    Of a row that holds NaN or infinity they are any W different tokens, and the log-probabilities are not finite.
+    Of a row that holds NaN or plus infinity they are any W different tokens, and the log-probabilities are not finite.
 
     Args:
         logits: float [B, N, V].
