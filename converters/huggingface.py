@@ -11,9 +11,10 @@ from typing import Any
 
 from converters.fields import Fields, naming, shown
 from converters.rope import PLACES, TOP_LEVEL, Rope, read_rope, rope_scaling_fields, unknown_rope_fields
-from converters.safetensors_folder import read_json, stored_dtype
+from converters.safetensors_folder import stored_dtype
 from jetspec_jax.config import EPS_LIMITS, FLOAT_DTYPES, HeadConfig, TargetConfig, is_integer
 from jetspec_jax.errors import JetSpecError
+from jetspec_jax.files import read_json
 
 MODEL_TYPES = ("qwen3", "qwen3_moe", "llama")
 DEFAULT_HEAD_DIM = {"qwen3": 128}  # the others derive it from the hidden size

@@ -14,6 +14,7 @@ import numpy as np
 
 from jetspec_jax.config import is_integer
 from jetspec_jax.errors import JetSpecError
+from jetspec_jax.files import parse_json, read_json
 
 DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
           "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -89,29 +90,6 @@ def stored_dtype(folder: Path) -> str:
     return SafetensorsFolder(folder).widest_dtype()
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file, or a JetSpecError that names it. A name that occurs twice is refused."""
-
-    try:
-        value = json.loads(file.read_bytes(), object_pairs_hook=_no_duplicates)
-    except OSError as error:
-        raise JetSpecError(f"cannot read {file}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise JetSpecError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise JetSpecError(f"{file} should hold a JSON object, not {type(value).__name__}")
-    return value
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json.loads: a name that occurs twice in an object is an error, not the later one's victory."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} occurs twice")
-    return result
-
-
 def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files that make up a checkpoint."""
     if (folder / INDEX).exists():
@@ -171,10 +149,10 @@ def _read_header(file: Path) -> dict[str, _Entry]:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > MAX_HEADER or 8 + length > size:
                 raise damaged("it is truncated, or its header length is wrong")
-            header = json.loads(stream.read(length), object_pairs_hook=_no_duplicates)
+            header = parse_json(stream.read(length))
     except OSError as error:
         raise JetSpecError(f"cannot read {file}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         if isinstance(error, JetSpecError):
             raise
         raise damaged(f"header: {error}") from error

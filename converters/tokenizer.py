@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from converters.gguf_file import GGUFFile
-from converters.safetensors_folder import read_json
 from jetspec_jax.checkpoint import first_line
 from jetspec_jax.errors import JetSpecError
+from jetspec_jax.files import read_json
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
          "added_tokens.json", "chat_template.jinja", "chat_template.json", "tokenizer.model")

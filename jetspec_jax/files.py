@@ -1,0 +1,120 @@
+"""Files that somebody else wrote: opened only if they are ordinary files, and read only up to a size that they need."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from jetspec_jax.errors import JetSpecError
+
+MAX_JSON = 2**24  # bytes; the index of a model with 36,000 tensors takes 3 MB
+MAX_TEXT = 2**28
+NO_SUCH_NAME = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+
+
+def local_path(source: str | os.PathLike[str]) -> Path | None:
+    """The file or folder that a user names, "~" being the home folder; None where there is none.
+
+    Raises:
+        JetSpecError: the home of an unknown user, or a folder on the way that may not be searched.
+    """
+    try:
+        path = Path(source).expanduser()
+        path.stat()
+    except RuntimeError as error:  # ~nobody
+        raise JetSpecError(f"{source}: {error}".rstrip(".") + ": write the path out") from error
+    except OSError as error:
+        if error.errno in NO_SUCH_NAME:
+            return None
+        raise cannot_read(source, error) from error
+    except ValueError:  # a zero byte
+        return None
+    return path
+
+
+def check_ordinary(file: Path, most: int | None = None) -> int:
+    """The size of a file, in bytes.
+
+    Raises:
+        JetSpecError: it cannot be read, is something else than a file (a pipe or a device, which may never end), or
+            holds more than `most` bytes.
+    """
+    try:
+        found = file.stat()
+    except OSError as error:
+        raise cannot_read(file, error) from error
+    if not stat.S_ISREG(found.st_mode):
+        raise JetSpecError(f"{file} is no ordinary file: put a copy of its content there")
+    if most is not None and found.st_size > most:
+        raise JetSpecError(f"{file} has {found.st_size / 1e6:.0f} MB, and no such file needs more than "
+                           f"{most / 1e6:.0f} MB: is it damaged, or another file?")
+    return found.st_size
+
+
+def read_bytes(file: Path, most: int = MAX_JSON) -> bytes:
+    """The content of an ordinary file; see `check_ordinary`."""
+    check_ordinary(file, most)
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise cannot_read(file, error) from error
+
+
+def read_text(file: Path, most: int = MAX_TEXT) -> str:
+    """The text of an ordinary file in UTF-8, without the mark that some editors begin it with.
+
+    Raises:
+        JetSpecError: see `check_ordinary`; or it is no UTF-8.
+    """
+    try:
+        return read_bytes(file, most).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise JetSpecError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}): save it as "
+                           "such") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says. A name that occurs twice in an object is refused.
+
+    Raises:
+        ValueError: no JSON, or JSON that is nested too deeply.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_no_duplicates)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        JetSpecError: see `read_bytes`; or it is something else.
+    """
+    try:
+        value = parse_json(read_bytes(file))
+    except JetSpecError:
+        raise
+    except ValueError as error:
+        raise JetSpecError(f"{file} is not valid JSON: {str(error)[:200]}") from error
+    if not isinstance(value, dict):
+        raise JetSpecError(f"{file} should hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def cannot_read(file: str | os.PathLike[str], error: OSError) -> JetSpecError:
+    """The error of a file that the system does not let us read."""
+    return JetSpecError(f"cannot read {str(file)[:200]}: {error.strerror or error}")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json.loads: a name that occurs twice in an object is an error, not the later one's victory."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} occurs twice")
+    return result
