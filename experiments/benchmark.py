@@ -22,7 +22,7 @@ from tqdm import tqdm
 from experiments.common import (
     add_pair_arguments,
     add_tree_width,
-    check_output,
+    claim_output,
     load,
     require_at_least,
     run_main,
@@ -70,7 +70,7 @@ def main() -> None:
     args = build_parser().parse_args()
     budgets, names = parse_budgets(args.budgets), parse_methods(args.methods)
     require_at_least(args, limit=1, max_new_tokens=2, repeats=1)
-    check_output(args.out)
+    claim_output(args.out)
     sampling = SamplingParams(args.temperature)
     suites = {name: pick(suite_messages(name, cache_folder() / "sources"), args.limit) for name in args.suite}
     pair = load(args)

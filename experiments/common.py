@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
 import errno
 import io
 import os
 import sys
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import get_args
 
@@ -18,6 +21,7 @@ from jax.sharding import Mesh
 from converters.convert import looks_like_hub_id
 from jetspec_jax import PRESETS, JetSpecError, Pair, SamplingParams, TreeConfig, load_pretrained
 from jetspec_jax.config import FLOAT_DTYPES, MAX_TREE_BUDGET, MAX_TREE_WIDTH, TREE_WIDTHS, Builder
+from jetspec_jax.files import locked
 from jetspec_jax.generate import CPU_TREE, DEFAULT_TREE, default_tree
 from jetspec_jax.pretrained import cache_folder
 from jetspec_jax.sharding import connect, make_mesh
@@ -153,6 +157,25 @@ def check_output(folder: Path | None) -> None:
             raise PermissionError(errno.EACCES, "no permission to write into it")
     except OSError as error:
         raise JetSpecError(f"{folder} cannot be a folder for results: {error.strerror}; name another") from error
+
+
+def claim_output(folder: Path | None) -> None:
+    """`check_output` for results that grow: until this process ends, no other one may claim the folder.
+
+    Raises:
+        JetSpecError: see `check_output`; or another process has claimed it.
+    """
+    check_output(folder)
+    if folder is not None:
+        _claim(folder.resolve())
+
+
+@cache
+def _claim(folder: Path) -> None:
+    claim = contextlib.ExitStack()
+    claim.enter_context(locked(folder / ".lock", f"another process is writing into {folder}: wait for it, or choose "
+                                                 "another folder"))
+    atexit.register(claim.close)
 
 
 def write_text(file: Path, text: str) -> None:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from experiments.common import (
     add_sampling,
     add_target_arguments,
-    check_output,
+    claim_output,
     load,
     require_at_least,
     run_main,
@@ -42,7 +42,7 @@ def main() -> None:
     args = build_parser().parse_args()
     sampling, mixture = sampling_from(args), parse_mixture(args.source)
     require_at_least(args, max_new_tokens=1, max_prompt_tokens=1, batch_size=1)
-    check_output(args.out)
+    claim_output(args.out)
     pair = load(args, tiles=False)  # batches are wide: plain matrices are faster
     if args.product_dtype:
         pair = dataclasses.replace(pair, target_config=dataclasses.replace(pair.target_config,

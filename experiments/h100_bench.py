@@ -23,7 +23,7 @@ from typing import IO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs without being installed
 
-from experiments.common import check_output, run_main, write_text
+from experiments.common import claim_output, run_main, write_text
 from experiments.h100_steps.ledger import ALONE, LIMITS, LOOPS, Ledger
 from experiments.h100_steps.report import as_markdown
 from jetspec_jax import JetSpecError
@@ -42,7 +42,7 @@ def main() -> None:
     check_weights(args.weights)
     if not args.tiny:
         require_gpu()
-    check_output(args.out)
+    claim_output(args.out)
     with (args.out / "log.txt").open("a") as log:
         run_steps(steps, args, log)
     text = as_markdown(args.out)

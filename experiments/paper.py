@@ -36,7 +36,7 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from experiments.common import add_compile_cache, check_output, run_main, write_text
+from experiments.common import add_compile_cache, claim_output, run_main, write_text
 from experiments.plots import Line, Panel, save_plot
 from jetspec_jax import HeadConfig, JetSpecError, Pair, TreeConfig, load_pretrained, with_head
 from jetspec_jax.attention import causal_bits, pack_bits
@@ -63,7 +63,7 @@ def main() -> None:
     args = build_parser().parse_args()
     if args.steps < 1 or args.held_out < 1:
         raise JetSpecError("--steps and --held-out must be at least 1")
-    check_output(args.out)
+    claim_output(args.out)
     if args.analysis == "heads":
         rows = heads(args)
     else:

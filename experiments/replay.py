@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.benchmark import add_sample_arguments, parse_budgets, pick
-from experiments.common import add_pair_arguments, check_output, load, require_at_least, run_main, write_text
+from experiments.common import add_pair_arguments, claim_output, load, require_at_least, run_main, write_text
 from experiments.plots import Line, Panel, save_plot
 from jetspec_jax import HeadConfig, JetSpecError, Pair, SamplingParams, TreeConfig
 from jetspec_jax.config import TREE_WIDTHS, Builder
@@ -41,7 +41,7 @@ from jetspec_jax.training.record import record_answers
 def main() -> None:
     args = build_parser().parse_args()
     require_at_least(args, limit=1, max_new_tokens=2, batch_size=1)
-    check_output(args.out)
+    claim_output(args.out)
     suites = {name: pick(suite_messages(name, cache_folder() / "sources"), args.limit) for name in args.suite or SUITES}
     pair = load(args, tiles=False)  # texts are read whole: plain matrices are faster
     head = pair.head_config

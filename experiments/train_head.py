@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from experiments.common import add_compile_cache, check_output, require_at_least, run_main
+from experiments.common import add_compile_cache, claim_output, require_at_least, run_main
 from experiments.plots import Line, Panel, save_plot
 from jetspec_jax import JetSpecError, TreeConfig, load_pretrained
 from jetspec_jax.autoregressive import init_autoregressive
@@ -55,7 +55,7 @@ def main() -> None:
     if args.save_every % args.log_every:
         raise JetSpecError(f"--save-every {args.save_every} must be a multiple of --log-every {args.log_every}: the "
                            "log of a resumed run would differ")
-    check_output(args.out)
+    claim_output(args.out)
     dataset = Dataset(args.dataset)
     add_compile_cache()
     pair = load_pretrained(args.model, False, dtype=args.target_dtype, tiles=False)

@@ -1,6 +1,7 @@
 """Checkpoints: Orbax arrays with a description beside them, written beside the destination and renamed.
 
-    OUT/jetspec.json    {"format": "jetspec-jax", "version": 1, "kind": "target" or "head", "config": {}, "source": ""}
+    OUT/jetspec.json    {"format": "jetspec-jax", "version": 2, "kind": "target" or "head", "config": {}, "source": "",
+                        "checksums": {"FILE below arrays/": CRC-32 in hexadecimal}}; version 1 has no checksums
     OUT/arrays/         the parameters, as Orbax writes them
     OUT/tokenizer/      Hugging Face tokenizer files, where the source had them
 """
@@ -10,13 +11,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import glob
 import json
 import logging
 import math
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +30,27 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from jetspec_jax.autoregressive import autoregressive_shapes
-from jetspec_jax.config import AutoregressiveHeadConfig, DrafterConfig, HeadConfig, RopeScaling, TargetConfig
-from jetspec_jax.errors import JetSpecError
+from jetspec_jax.config import (
+    AutoregressiveHeadConfig,
+    DrafterConfig,
+    HeadConfig,
+    RopeScaling,
+    TargetConfig,
+    is_integer,
+)
+from jetspec_jax.errors import DamagedError, JetSpecError, shown
+from jetspec_jax.files import check_ordinary, local_path, locked, read_json
 from jetspec_jax.head import head_shapes
 from jetspec_jax.sharding import arrange, named_map, shards_of, stored_spec
 from jetspec_jax.target import target_shapes
-from jetspec_jax.tiles import from_tiles
+from jetspec_jax.tiles import cores, from_tiles
 
-FORMAT, VERSION = "jetspec-jax", 1
+FORMAT, VERSION = "jetspec-jax", 2
+READABLE = (1, VERSION)
 DESCRIPTION, ARRAYS, TOKENIZER = "jetspec.json", "arrays", "tokenizer"
 _NOT_STORED = ("weight_tile", "shards", "kernels")  # of the config: how a model runs, not what it is
 _LATER = ("rope_scaling",)  # fields that the first files of this version lack
+SMALL_BYTES = 2**16  # of a file that describes others
 PIECE_BYTES = 2**26  # of one file: who reads a share of an array reads the pieces that hold it
 _KINDS: dict[str, tuple[Any, Any]] = {
     "target": (TargetConfig, target_shapes), "head": (HeadConfig, head_shapes),
@@ -47,25 +61,32 @@ _KINDS: dict[str, tuple[Any, Any]] = {
 def written_beside(out: Path) -> Iterator[Path]:
     """Yields a fresh folder next to `out` that becomes `out` if the block succeeds and vanishes if it does not.
 
+    What a process that was killed left of an earlier try vanishes too.
+
     Raises:
-        JetSpecError: `out` exists already, or its parent folder cannot be written.
+        JetSpecError: `out` exists already, another process is writing it, or its parent folder cannot be written.
     """
-    if out.exists():
+    if local_path(out) is not None or out.is_symlink():
         raise JetSpecError(f"{out} exists already: choose another name or remove it first")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    except OSError as error:
-        raise JetSpecError(f"cannot write into {out.parent}: {error.strerror or error}") from error
-    try:
-        beside.chmod(0o755)
-        yield beside
-        beside.rename(out)
-    except BaseException as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise JetSpecError(f"cannot write {out}: {error.strerror or error}; nothing was left behind") from error
-        raise
+    with contextlib.ExitStack() as stack:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            busy = f"another process is writing {out}: wait for it, or choose another name"
+            stack.enter_context(locked(out.with_name(f".{out.name}.lock"), busy))
+            for leftover in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+        except OSError as error:
+            raise JetSpecError(f"cannot write into {out.parent}: {error.strerror or error}") from error
+        try:
+            beside.chmod(0o755)
+            yield beside
+            beside.rename(out)
+        except BaseException as error:
+            shutil.rmtree(beside, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise JetSpecError(f"cannot write {out}: {error.strerror or error}; nothing was left behind") from error
+            raise
 
 
 def save(folder: Path, config: TargetConfig | DrafterConfig, params: dict, source: str) -> None:
@@ -98,7 +119,8 @@ def save(folder: Path, config: TargetConfig | DrafterConfig, params: dict, sourc
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_STORED}
     if config.rope_scaling is not None:
         fields["rope_scaling"] = {name: value for name, value in fields["rope_scaling"].items() if value is not None}
-    description = {"format": FORMAT, "version": VERSION, "kind": kind, "config": fields, "source": source}
+    description = {"format": FORMAT, "version": VERSION, "kind": kind, "config": fields, "source": source,
+                   "checksums": checksums(folder)}
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
 
 
@@ -111,26 +133,40 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / DESCRIPTION).is_file()
 
 
+def checksums(folder: Path) -> dict[str, str]:
+    """What `jetspec.json` tells of the files below arrays/: their CRC-32."""
+    arrays = folder / ARRAYS
+    files = sorted(file for file in arrays.rglob("*") if file.is_file())
+    with ThreadPoolExecutor(cores()) as pool:
+        return dict(zip([str(file.relative_to(arrays)) for file in files], pool.map(_checksum, files), strict=True))
+
+
 def load_config(folder: Path) -> TargetConfig | DrafterConfig:
     """Reads and checks the description of a checkpoint.
 
     Raises:
         JetSpecError: no checkpoint, a foreign format, a newer version, or a damaged description.
     """
+    return _read_description(folder)[0]
+
+
+def _read_description(folder: Path) -> tuple[TargetConfig | DrafterConfig, dict[str, str]]:
+    """(the config, the checksums) of a checkpoint; see `load_config`."""
     try:
-        description = json.loads((folder / DESCRIPTION).read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise JetSpecError(f"{folder} is no readable checkpoint ({DESCRIPTION}: {first_line(error)})") from error
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        found = description.get("format") if isinstance(description, dict) else description
-        raise JetSpecError(f"{folder} holds a foreign checkpoint: format {found!r}, expected {FORMAT!r}")
-    version = description.get("version")
-    if version != VERSION:
-        raise JetSpecError(f"{folder} has format version {version!r} and this release reads version {VERSION}: "
-                           "update jetspec-jax, or convert the original weights again")
-    if description.get("kind") not in tuple(_KINDS):
-        raise JetSpecError(f"{folder} holds a checkpoint of unknown kind {description.get('kind')!r}")
-    config_class = _KINDS[description["kind"]][0]
+        description = read_json(folder / DESCRIPTION)
+    except JetSpecError as error:
+        raise DamagedError(f"{folder} is no readable checkpoint: {error}") from error
+    if description.get("format") != FORMAT:
+        raise JetSpecError(f"{folder} holds a foreign checkpoint: format {shown(description.get('format'))}, expected "
+                           f"{FORMAT!r}")
+    version, kind = description.get("version"), description.get("kind")
+    if not is_integer(version) or version not in READABLE:
+        raise JetSpecError(f"{folder} has format version {shown(version)} and this release reads version "
+                           f"{' and '.join(map(str, READABLE))}: update jetspec-jax, or convert the original weights "
+                           "again")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise JetSpecError(f"{folder} holds a checkpoint of unknown kind {shown(kind)}")
+    config_class = _KINDS[kind][0]
     try:
         fields: dict[str, Any] = {name: value for name, value in description["config"].items()
                                   if name not in _NOT_STORED}
@@ -140,67 +176,111 @@ def load_config(folder: Path) -> TargetConfig | DrafterConfig:
             raise JetSpecError(f"its config lacks {', '.join(missing)}")
         if fields.get("rope_scaling") is not None:
             fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
-        return config_class(**fields)
+        return config_class(**fields), _read_checksums(description) if version == VERSION else {}
     except (KeyError, TypeError, AttributeError, JetSpecError) as error:
-        raise JetSpecError(f"the description of {folder} is damaged: {first_line(error)}") from error
+        raise DamagedError(f"the description of {folder} is damaged: {first_line(error)}") from error
 
 
-def load(folder: Path, dtype: str | None = None,
-         mesh: Mesh | None = None) -> tuple[TargetConfig | DrafterConfig, dict]:
+def _read_checksums(description: dict[str, Any]) -> dict[str, str]:
+    """The checksums, by names that stay below arrays/."""
+    found = description["checksums"]
+    for name, value in found.items():
+        if not isinstance(value, str) or {"", ".", ".."} & set(name.split("/")):
+            raise JetSpecError(f"the checksum {shown(value)} of {shown(name)} is none")
+    return found
+
+
+def load(folder: Path, dtype: str | None = None, mesh: Mesh | None = None,
+         verify: bool = True) -> tuple[TargetConfig | DrafterConfig, dict]:
     """Loads a checkpoint onto the first local device, or straight into the shares of a mesh's devices.
 
     Args:
         folder: what `save` wrote.
         dtype: cast to this dtype while reading; None keeps the stored one.
         mesh: from `jetspec_jax.sharding.make_mesh`, or None.
+        verify: compare every file with its checksum, while the arrays are read. Each process of a mesh does so, for
+            the shares of the others too.
 
     Returns:
         (config with the dtype of the arrays, `{"params": ...}`).
 
     Raises:
-        JetSpecError: see `load_config`; or arrays that are missing, truncated or of another shape; or a model that
-            the mesh cannot share.
+        JetSpecError: see `load_config`; or arrays that are missing, truncated, changed or of another shape; or a model
+            that the mesh cannot share.
     """
-    config = load_config(folder)
-    config = config.with_dtype(dtype or config.dtype)
+    stored, expected = _read_description(folder)
+    config = stored.with_dtype(dtype or stored.dtype)
     config.share(shards_of(mesh)[1])
-    shapes = _KINDS[_kind_of(config)][1](config)
+    try:
+        params = _read_arrays(folder, stored, config, mesh, expected if verify else {})
+    except Exception as error:  # missing files, wrong shapes and damaged data each raise another type
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise JetSpecError(f"{folder} does not fit into the memory that is free ({first_line(error)}): load it "
+                               "in a smaller dtype, or over several devices (--tensor-parallel)") from error
+        raise DamagedError(f"the arrays of {folder} are damaged or do not match its description: "
+                           f"{first_line(error)}; convert the original weights again") from error
+    return config, params
+
+
+def _read_arrays(folder: Path, stored: TargetConfig | DrafterConfig, config: TargetConfig | DrafterConfig,
+                 mesh: Mesh | None, expected: dict[str, str]) -> dict:
+    """The parameters of a checkpoint of the shape `stored`, as `config` wants them."""
+    arrays = folder / ARRAYS
+    entries = [entry.name for entry in arrays.iterdir()]
+    for file in arrays.rglob("*"):
+        if not file.is_dir():
+            check_ordinary(file)
+    # Before anything is made for each layer: their names say how many there are.
+    if stored.num_layers > len(entries):
+        raise ValueError(f"its config has {stored.num_layers} layers, and it holds {len(entries)} arrays")
+    small = {name: value for name, value in expected.items() if (arrays / name).stat().st_size <= SMALL_BYTES}
+    _compare(arrays, small)  # which says what the others hold
+    shapes_of = _KINDS[_kind_of(config)][1]
+    shapes = shapes_of(config)
 
     def read(name: str, leaf: jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:
         place = (NamedSharding(mesh, stored_spec(name, len(leaf.shape))) if mesh is not None
                  else SingleDeviceSharding(jax.local_devices()[0]))
         return ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=place, global_shape=leaf.shape, strict=True)
 
-    restore = named_map(read, shapes)
-    try:
-        with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1)) as reader:
-            stored = jax.tree.map(lambda leaf: tuple(leaf.shape), _stored_tree(reader, folder))
-            if stored != jax.tree.map(lambda leaf: leaf.shape, shapes):
-                raise ValueError("names or shapes of the stored arrays differ")
-            _check_sizes(folder)
-            params = reader.restore((folder / ARRAYS).absolute(),
-                                    args=ocp.args.PyTreeRestore(item=shapes, restore_args=restore))
+    def describe(leaf: Any) -> tuple[tuple[int, ...], str]:
+        return tuple(leaf.shape), jnp.dtype(leaf.dtype).name
+
+    with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1)) as reader, \
+            ThreadPoolExecutor(1) as beside:
+        metadata: Any = reader.metadata(arrays.absolute())
+        if jax.tree.map(describe, metadata.item_metadata.tree) != jax.tree.map(describe, shapes_of(stored)):
+            raise ValueError("names, shapes or dtypes of the stored arrays differ")
+        _check_sizes(arrays)
+        large = beside.submit(_compare, arrays, {name: expected[name] for name in expected.keys() - small.keys()})
+        params = reader.restore(arrays.absolute(), args=ocp.args.PyTreeRestore(
+            item=shapes, restore_args=named_map(read, shapes)))
         if mesh is not None:
             params = named_map(lambda name, leaf: arrange(name, leaf, config, mesh), params)
         jax.block_until_ready(params)
-    except Exception as error:  # missing files, wrong shapes and damaged data each raise another type
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            raise JetSpecError(f"{folder} does not fit into the memory that is free ({first_line(error)}): load it "
-                               "in a smaller dtype, or over several devices (--tensor-parallel)") from error
-        raise JetSpecError(f"the arrays of {folder} are damaged or do not match its description: "
-                           f"{first_line(error)}; convert the original weights again") from error
-    return config, params
+        large.result()
+    return params
 
 
-def _stored_tree(reader: ocp.Checkpointer, folder: Path) -> Any:
-    """What a checkpoint's own metadata says of its arrays."""
-    metadata: Any = reader.metadata((folder / ARRAYS).absolute())
-    return metadata.item_metadata.tree
+def _compare(arrays: Path, expected: dict[str, str]) -> None:
+    """Raises ValueError where a file does not have the checksum that it should have."""
+    for name, value in expected.items():
+        if _checksum(arrays / name) != value:
+            raise ValueError(f"{ARRAYS}/{name} was changed since it was written")
 
 
-def _check_sizes(folder: Path) -> None:
+def _checksum(file: Path) -> str:
+    """CRC-32 of a file's bytes, read in pieces that stay in the processor's cache."""
+    value, piece = 0, bytearray(2**20)
+    with file.open("rb", buffering=0) as stream:
+        while size := stream.readinto(piece):
+            value = zlib.crc32(memoryview(piece)[:size], value)
+    return f"{value:08x}"
+
+
+def _check_sizes(arrays: Path) -> None:
     """Finds truncated arrays before Orbax does, whose threads would tell it at length."""
-    for description in (folder / ARRAYS).glob("*/.zarray"):
+    for description in arrays.glob("*/.zarray"):
         array = json.loads(description.read_text())
         size = math.prod(array["shape"]) * jnp.dtype(array["dtype"]).itemsize
         stored = sum(file.stat().st_size for file in description.parent.iterdir() if file != description)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from jetspec_jax.errors import JetSpecError
 
@@ -104,6 +108,25 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise JetSpecError(f"{file} should hold a JSON object, not {type(value).__name__}")
     return value
+
+
+@contextlib.contextmanager
+def locked(file: Path, busy: str) -> Iterator[None]:
+    """Holds a lock, told by a file that vanishes with it; it ends with its process at the latest.
+
+    Raises:
+        JetSpecError: with the message `busy`, where another process (or thread) holds it.
+    """
+    lock = FileLock(file)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise JetSpecError(busy) from error
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        lock.release()
 
 
 def cannot_read(file: str | os.PathLike[str], error: OSError) -> JetSpecError:

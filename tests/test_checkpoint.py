@@ -5,12 +5,16 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
+import zlib
 
 import jax
 import numpy as np
 import pytest
 
 from jetspec_jax import JetSpecError, checkpoint
+from jetspec_jax.errors import DamagedError
 from jetspec_jax.head import head_shapes
 from jetspec_jax.target import target_shapes
 from tests.models import random_pair, tiny_head, tiny_target
@@ -53,7 +57,8 @@ def test_loading_can_cast(pair, saved):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"version": 2}, "version 2"), ({"version": None}, "version"), ({"format": "other"}, "foreign"),
+    ({"version": 3}, "version 3"), ({"version": True}, "version True"), ({"version": None}, "version"),
+    ({"format": "other"}, "foreign"),
     ({"kind": "engine"}, "unknown kind"), ({"kind": []}, "unknown kind"),
     ({"config": {"vocab_size": 3}}, "damaged"), ({"config": None}, "damaged"),
     ({"kind": "head"}, "damaged")])
@@ -81,6 +86,87 @@ def test_how_a_model_ran_is_not_what_it_is(copy):
     description["config"] |= {"shards": 2, "kernels": "pallas_interpret"}  # as files of earlier releases may have it
     file.write_text(json.dumps(description))
     assert checkpoint.load(copy)[0] == tiny_target(dtype="float32", eos_token_ids=(3, 4))
+
+
+def test_the_first_version_had_no_checksums(pair, copy):
+    file = copy / checkpoint.DESCRIPTION
+    description = json.loads(file.read_text())
+    del description["checksums"]
+    file.write_text(json.dumps({**description, "version": 1}))
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.load(copy)[1], pair.params.target)
+    file.write_text(json.dumps(description))
+    with pytest.raises(JetSpecError, match="damaged: 'checksums'"):
+        checkpoint.load(copy)
+
+
+def test_checksums_are_those_of_zip(saved):
+    """CRC-32, as unzip and others compute it."""
+    found = json.loads((saved / "head" / checkpoint.DESCRIPTION).read_text())["checksums"]
+    arrays = saved / "head" / checkpoint.ARRAYS
+    assert found == {str(file.relative_to(arrays)): f"{zlib.crc32(file.read_bytes()):08x}"
+                     for file in arrays.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("name", ["params.embedding/0.0", "params.embedding/.zarray", "_METADATA"])
+def test_a_changed_byte_is_found(pair, copy, name):
+    """In the middle of a file, as a failing disk changes it. Small files, here all, are checked before they are used."""
+    file = copy / checkpoint.ARRAYS / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DamagedError, match=f"{name} was changed since it was written; convert the original weights"):
+        checkpoint.load(copy)
+
+
+def test_a_changed_byte_of_a_large_file_is_found(pair, copy, monkeypatch):
+    """These are checked while the arrays are read."""
+    monkeypatch.setattr(checkpoint, "SMALL_BYTES", 1000)
+    file = copy / checkpoint.ARRAYS / "params.embedding" / "0.0"
+    content = bytearray(file.read_bytes())
+    assert len(content) > 1000
+    content[100] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DamagedError, match=r"embedding/0\.0 was changed"):
+        checkpoint.load(copy)
+    _, params = checkpoint.load(copy, verify=False)
+    different = np.asarray(params["params"]["embedding"]) != np.asarray(pair.params.target["params"]["embedding"])
+    assert different.sum() == 1
+
+
+def test_another_dtype_is_found_without_checksums_too(copy):
+    """float32 and int32 have equal sizes."""
+    file = copy / checkpoint.ARRAYS / "params.norm.scale" / ".zarray"
+    file.write_text(file.read_text().replace("<f4", "<i4"))
+    for verify, message in ((True, "was changed since"), (False, "dtypes of the stored arrays differ")):
+        with pytest.raises(DamagedError, match=message):
+            checkpoint.load(copy, verify=verify)
+
+
+@pytest.mark.parametrize("checksums", [None, [], {"../jetspec.json": "00000000"}, {"/etc/hostname": "0"},
+                                       {"_METADATA": 7}, {"absent": "00000000"}, {"": "0"}])
+def test_checksums_of_something_else(copy, checksums):
+    file = copy / checkpoint.DESCRIPTION
+    file.write_text(json.dumps({**json.loads(file.read_text()), "checksums": checksums}))
+    with pytest.raises(DamagedError, match="damaged"):
+        checkpoint.load(copy)
+
+
+@pytest.mark.parametrize("layers", [3, 400, 10**9])
+def test_layers_are_counted_before_they_are_made(copy, layers):
+    file = copy / checkpoint.DESCRIPTION
+    description = json.loads(file.read_text())
+    description["config"]["num_layers"] = layers
+    file.write_text(json.dumps(description))
+    with pytest.raises(DamagedError, match="damaged"):
+        checkpoint.load(copy)
+
+
+def test_a_pipe_among_the_arrays_is_not_opened(copy):
+    file = copy / checkpoint.ARRAYS / "params.embedding" / "0.0"
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(DamagedError, match="no ordinary file"):
+        checkpoint.load(copy)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null", "[" * 100_000])
@@ -142,6 +228,28 @@ def test_existing_output_is_not_touched(tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(JetSpecError, match="exists already"), checkpoint.written_beside(tmp_path / "out"):
         pass
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    for name in (".out.k1ll3d.partial", ".other.k1ll3d.partial", ".outer.k1ll3d.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("written")
+    (tmp_path / ".out.lock").touch()  # its lock went with it
+    with checkpoint.written_beside(tmp_path / "out") as beside:
+        (beside / "whole").write_text("written")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.k1ll3d.partial", ".outer.k1ll3d.partial", "out"]
+
+
+def test_nobody_writes_the_same_folder_at_once(tmp_path):
+    with checkpoint.written_beside(tmp_path / "out") as beside:
+        code = ("import sys, pathlib\nfrom jetspec_jax import checkpoint, JetSpecError\ntry:\n"
+                "    with checkpoint.written_beside(pathlib.Path(sys.argv[1])):\n        print('wrote')\n"
+                "except JetSpecError as error:\n    print(error)")
+        other = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True,
+                               env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, check=True)
+        assert f"another process is writing {tmp_path / 'out'}" in other.stdout
+        assert beside.is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_full_disk_is_told_in_advance(pair, tmp_path, monkeypatch):

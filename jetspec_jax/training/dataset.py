@@ -16,8 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
+from jetspec_jax.checkpoint import first_line
 from jetspec_jax.config import is_integer
 from jetspec_jax.errors import JetSpecError
+from jetspec_jax.files import check_ordinary, local_path, read_json
 from jetspec_jax.training.record import Recording
 
 DESCRIPTION = "dataset.json"
@@ -120,6 +122,7 @@ class Dataset:
             file = shard.with_name(shard.name.replace(".tokens.npz", ".states.npy"))
             expected = (len(tokens), len(self.info.layers) * self.info.hidden_size)
             try:
+                check_ordinary(file)
                 states = np.load(file, mmap_mode="r")
             except (OSError, ValueError) as error:
                 raise JetSpecError(f"{file} is missing or damaged: delete {shard.name} and record it again") from error
@@ -171,16 +174,17 @@ def read_info(folder: Path) -> DatasetInfo:
     Raises:
         JetSpecError: the folder holds none, or a damaged one.
     """
+    file = folder / DESCRIPTION
+    if local_path(file) is None:
+        raise JetSpecError(f"{folder} is no dataset: it has no {DESCRIPTION}; make one with "
+                           "experiments/generate_data.py")
+    fields = read_json(file)
     try:
-        fields = json.loads((folder / DESCRIPTION).read_text())
         info = DatasetInfo(**{**fields, "layers": tuple(fields["layers"])})
         if not all(is_integer(value) for value in (*info.layers, info.hidden_size, info.vocab_size)):
             raise ValueError("sizes are no integers")
-    except FileNotFoundError as error:
-        raise JetSpecError(f"{folder} is no dataset: it has no {DESCRIPTION}; make one with "
-                           "experiments/generate_data.py") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise JetSpecError(f"{folder / DESCRIPTION} is damaged: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise JetSpecError(f"{file} is damaged: {first_line(error)}") from error
     return info
 
 
@@ -190,6 +194,7 @@ def _shards(folder: Path) -> list[Path]:
 
 def _read(shard: Path) -> dict[str, np.ndarray]:
     try:
+        check_ordinary(shard)
         with np.load(shard, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in ("tokens", "offsets", "prompt_lengths", "indices")}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:

