@@ -109,7 +109,7 @@ def test_checksums_are_those_of_zip(saved):
 
 @pytest.mark.parametrize("name", ["params.embedding/0.0", "params.embedding/.zarray", "_METADATA"])
 def test_a_changed_byte_is_found(pair, copy, name):
-    """In the middle of a file, as a failing disk changes it. Small files, here all, are checked before they are used."""
+    """In the middle of a file, as a failing disk changes it. Small files, here all, come first."""
     file = copy / checkpoint.ARRAYS / name
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
