@@ -33,6 +33,8 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f"target: {', '.join(PRESETS)}; a converted or Hugging Face folder; a hub id "
                              "(default %(default)s)")
     parser.add_argument("--dtype", choices=FLOAT_DTYPES, help="default: the stored one, float32 on a CPU")
+    parser.add_argument("--no-verify", action="store_true", help="load converted weights without comparing their "
+                                                                 "checksums")
 
 
 def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,7 +121,8 @@ def add_compile_cache() -> None:
 def load(args: argparse.Namespace, mesh: Mesh | None = None, tiles: bool | None = None, drafts: bool = True) -> Pair:
     """Loads the pair that the options name, or its target alone, with compiled programs kept between runs."""
     add_compile_cache()
-    return load_pretrained(args.model, args.head if drafts else False, dtype=args.dtype, mesh=mesh, tiles=tiles)
+    return load_pretrained(args.model, args.head if drafts else False, dtype=args.dtype, mesh=mesh, tiles=tiles,
+                           verify=not args.no_verify)
 
 
 def require_head(args: argparse.Namespace) -> None:

@@ -18,14 +18,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from experiments.common import (
-    add_compile_cache,
     add_target_arguments,
     check_output,
+    load,
     require_at_least,
     run_main,
     write_text,
 )
-from jetspec_jax import JetSpecError, Pair, SamplingParams, load_pretrained
+from jetspec_jax import JetSpecError, Pair, SamplingParams
 from jetspec_jax.generate import stream
 from jetspec_jax.pretrained import cache_folder
 from jetspec_jax.text import ChatText
@@ -46,8 +46,7 @@ def main() -> None:
     if args.out.exists():
         raise JetSpecError(f"--out {args.out} is there already: delete it, or name another file")
     exclusion = suite_exclusion(cache_folder() / "sources")
-    add_compile_cache()
-    pair = load_pretrained(args.model, False, dtype=args.dtype, tiles=False)
+    pair = load(args, tiles=False, drafts=False)
     rng = random.Random(args.seed)
     prompts: dict[str, None] = {}
     with tqdm(total=args.count, unit="prompt") as bar:

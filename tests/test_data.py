@@ -376,7 +376,7 @@ def test_prompts_that_the_target_writes(fake_suites, tmp_path, monkeypatch, caps
             yield SimpleNamespace(index=i, result=SimpleNamespace(text=f" {turn}\n", finish_reason=reason))
 
     monkeypatch.setattr(write_prompts, "stream", stream)
-    monkeypatch.setattr(write_prompts, "load_pretrained", lambda *_, **__: SimpleNamespace(
+    monkeypatch.setattr(write_prompts, "load", lambda *_, **__: SimpleNamespace(
         chat=lambda message: f"<user>{message}</user><answer>"))
     run_script(write_prompts, monkeypatch, "--out", tmp_path / "own.jsonl", "--count", 2, "--batch-size", 2)
     found = [json.loads(line) for line in (tmp_path / "own.jsonl").read_text().splitlines()]
