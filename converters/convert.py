@@ -17,7 +17,7 @@ from converters.assemble import TensorSource, assemble, check_names, take_apart
 from converters.fields import naming, shown
 from converters.gguf_file import GGUFFile
 from converters.huggingface import read_head_config, read_target_config, released_head_config, unknown_fields
-from converters.names import Slot, head_slots, target_slots
+from converters.names import Slot, check_counts, head_slots, target_slots
 from converters.safetensors_folder import SINGLE, SafetensorsFolder, write_safetensors
 from converters.tokenizer import MORE_TEMPLATES, load_tokenizer, save_tokenizer
 from jetspec_jax import checkpoint
@@ -44,7 +44,7 @@ def read_target(source: Path, dtype: str | None = None, progress: bool = True,
     Warns:
         UserWarning: once, with the names of the fields that nobody knows.
     """
-    if source.is_file():
+    if not source.is_dir():
         gguf = GGUFFile(source)
         _note(source, gguf.unknown_fields)
         return _read(gguf, gguf.config, target_slots(gguf.config), dtype, progress, mesh)
@@ -53,6 +53,7 @@ def read_target(source: Path, dtype: str | None = None, progress: bool = True,
     if config.tie_embeddings and "lm_head.weight" in tensors.shapes:
         _check_tied(tensors)
     fused_experts = any(name.endswith(".mlp.experts.gate_up_proj") for name in tensors.shapes)
+    check_counts(tensors.label, config, len(tensors.shapes), fused_experts)
     return _read(tensors, config, target_slots(config, fused_experts), dtype, progress, mesh)
 
 
@@ -61,6 +62,7 @@ def read_head(source: Path, dtype: str | None = None, progress: bool = True,
     """Reads a released JetSpec or DFlash head; see `read_target`."""
     config, tensors = read_head_config(source), SafetensorsFolder(source)
     _note(source / "config.json", unknown_fields(source, "head"))
+    check_counts(tensors.label, config, len(tensors.shapes))
     return _read(tensors, config, head_slots(config), dtype, progress, mesh)
 
 
@@ -68,7 +70,7 @@ def read_config(source: Path, kind: str) -> TargetConfig | HeadConfig:
     """The shape of a foreign "target" or "head", without its weights."""
     if kind == "head":
         return read_head_config(source)
-    return GGUFFile(source).config if source.is_file() else read_target_config(source)
+    return read_target_config(source) if source.is_dir() else GGUFFile(source).config
 
 
 def convert_target(source: Path, out: Path, dtype: str | None = None, progress: bool = True,
@@ -138,7 +140,7 @@ def _read(source: TensorSource, config: Any, slots: list[Slot], dtype: str | Non
     if config.dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise JetSpecError(f"{source.label} is float64, which needs jax_enable_x64: choose another dtype, like float32")
     check_names(source, slots, lambda name: _is_buffer(name) or (name == "lm_head.weight" and _tied(config)))
-    total = sum(int(np.prod(part.shape)) for slot in slots for part in slot.parts) * config.jnp_dtype.itemsize
+    total = sum(math.prod(part.shape) for slot in slots for part in slot.parts) * config.jnp_dtype.itemsize
     with tqdm(total=total, unit="B", unit_scale=True, desc=Path(source.label).name, disable=not progress) as bar:
         return config, assemble(source, slots, config.dtype, bar.update,
                                 lambda name, value: place(name, value, config, mesh))

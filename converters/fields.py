@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jetspec_jax.config import MAX_INT, is_integer, is_within, range_of
+from jetspec_jax.config import MAX_INT, is_integer, is_within, range_of, shown
 from jetspec_jax.errors import JetSpecError
+
+MAX_NAME = 256  # characters
+MAX_DEPTH = 32
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,12 @@ class Fields:
         value = self.values.get(name)
         return default if value is None else value
 
-    def integer(self, name: str, default: int | None = None, least: int = 1) -> int:
-        """An integer from `least` on that fits into 32 bits; without a default its absence is an error."""
+    def integer(self, name: str, default: int | None = None, least: int = 1, most: int = MAX_INT) -> int:
+        """An integer from `least` to `most`; without a default its absence is an error."""
         value = self._needed(name, default)
-        if not is_integer(value) or not least <= value <= MAX_INT:
-            large = is_integer(value) and value > MAX_INT
-            raise self.error(name, f"must be an integer of at {f'most {MAX_INT}' if large else f'least {least}'}")
+        if not is_integer(value) or not least <= value <= most:
+            large = is_integer(value) and value > most
+            raise self.error(name, f"must be an integer of at {f'most {most}' if large else f'least {least}'}")
         return int(value)
 
     def number(self, name: str, default: float | None = None, limits: tuple[float, float] = (-1e30, 1e30)) -> float:
@@ -68,8 +71,8 @@ class Fields:
     def within(self, name: str) -> dict[str, Any]:
         """The object under a name; empty where it is absent."""
         value = self.get(name, {})
-        if not isinstance(value, dict):
-            raise self.error(name, "must be an object")
+        if not isinstance(value, dict) or not all(map(is_plain, value)):
+            raise self.error(name, "must be an object with plain names")
         return value
 
     def refuse(self, inactive: Mapping[str, tuple[Any, ...]], remedies: Mapping[str, str]) -> None:
@@ -106,10 +109,21 @@ def json_like(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
-def shown(value: Any) -> str:
-    """A value in at most 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def is_plain(name: str) -> bool:
+    """Whether a name that a file gives can stand in a message as it is: one line, not too long, and no halves of
+    characters."""
+    return 0 < len(name) <= MAX_NAME and name.isprintable()
+
+
+def is_shallow(value: Any) -> bool:
+    """Whether no list or object lies deeper inside others than a config needs; comparing and printing such would end
+    in Python's limit of recursion."""
+    level, depth = [value], 0
+    while level and depth <= MAX_DEPTH:
+        level = [item for inside in level if isinstance(inside, dict | list)
+                 for item in (inside.values() if isinstance(inside, dict) else inside)]
+        depth += 1
+    return not level
 
 
 @contextlib.contextmanager

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import itertools
 import math
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from converters.fields import Fields, is_one_of, naming, shown
-from converters.names import gguf_name, target_slots
+from converters.gguf_header import GGUFTensor, read_header
+from converters.names import check_counts, gguf_name, target_slots
 from converters.rope import REASONS, Rope, yarn_attention_factor
 from jetspec_jax.checkpoint import first_line
-from jetspec_jax.config import EPS_LIMITS, THETA_LIMITS, RopeScaling, TargetConfig
+from jetspec_jax.config import EPS_LIMITS, MAX_LAYERS, THETA_LIMITS, RopeScaling, TargetConfig
 from jetspec_jax.errors import JetSpecError
+from jetspec_jax.files import cannot_read
 
 ARCHITECTURES = ("llama", "qwen3")
 # How models split text before byte-level BPE; Llama 3 takes digits in groups of three, Qwen2 and Qwen3 one by one.
@@ -60,10 +58,8 @@ TOKENIZER_HARMLESS = (  # they speak of other kinds of tokenizers, of pairs of t
     "seperator_token_id", "cls_token_id", "mask_token_id", "fim_pre_token_id", "fim_suf_token_id", "fim_mid_token_id",
     "fim_pad_token_id", "fim_rep_token_id", "fim_sep_token_id", "prefix_token_id", "suffix_token_id",
     "middle_token_id")
-BOOKKEEPING = ("GGUF", "general", "quantize", "imatrix", "split")
-CHAT_TEMPLATE = "tokenizer.chat_template"
-LISTS = ("tokenizer.chat_templates", *(f"tokenizer.ggml.{name}" for name in (
-    "tokens", "token_type", "merges", "scores", "precompiled_charsmap")))  # long ones; see `GGUFFile._list`
+BOOKKEEPING = ("general", "quantize", "imatrix", "split")
+CHAT_TEMPLATE, TEMPLATE_NAMES = "tokenizer.chat_template", "tokenizer.chat_templates"
 
 
 class GGUFFile:
@@ -76,27 +72,24 @@ class GGUFFile:
 
     def __init__(self, file: Path) -> None:
         self.label, self._file = str(file), file
-        self._reader = _open(file)
-        try:
-            self._fields, self._arch = self._metadata()
-            self.config = self._read_config()
-        except JetSpecError:
-            raise
-        except Exception as error:  # a text that is no UTF-8, a tensor without a second axis
-            raise JetSpecError(f"{file}: its metadata is not that of a supported model: {error}") from error
-        self.unknown_fields = [name for name in self._reader.fields if not self._is_known(name)]
+        header = read_header(file)
+        self._fields = Fields(file, header.metadata)
+        self._arch = self._architecture()
+        self.config = self._read_config(header.tensors)
+        self.unknown_fields = [name for name in header.metadata if not self._is_known(name)]
+        check_counts(self.label, self.config, len(header.tensors))
         names = {gguf_name(part.name): part.name for slot in target_slots(self.config) for part in slot.parts}
-        self._tensors: dict[str, Any] = {}
-        for tensor in self._reader.tensors:
+        self._tensors: dict[str, GGUFTensor] = {}
+        for tensor in header.tensors.values():
             name = names.get(tensor.name, tensor.name)
             if name in self._tensors:
                 raise JetSpecError(f"{file} stores tensor {tensor.name} twice")
             if name != ROPE_TABLE:
                 self._tensors[name] = tensor
-        self.shapes = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self._tensors.items()}
+        self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> np.ndarray:
-        values = self._dequantized(self._tensors[name]).reshape(self.shapes[name])
+        values = self._dequantized(self._tensors[name])
         # GGUF stores Llama's queries and keys for interleaved rotary pairs; ours are half-split.
         if self._arch == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
             heads = self.config.num_heads if "q_proj" in name else self.config.num_kv_heads
@@ -109,7 +102,7 @@ class GGUFFile:
         Raises:
             JetSpecError: a tokenizer that is not byte-level BPE with a known pre-tokenizer, or a damaged one.
         """
-        if self._reader.get_field("tokenizer.ggml.model") is None:
+        if self._fields.get("tokenizer.ggml.model") is None:
             return
         try:
             tokenizer = self._tokenizer()
@@ -119,46 +112,44 @@ class GGUFFile:
             raise JetSpecError(f"{self.label}: its tokenizer is damaged: {first_line(error)}") from error
         tokenizer.save_pretrained(folder)
 
-    def _dequantized(self, tensor: Any) -> np.ndarray:
+    def _dequantized(self, tensor: GGUFTensor) -> np.ndarray:
         from gguf.quants import dequantize
 
         try:
-            return dequantize(tensor.data, tensor.tensor_type)
-        except Exception as error:  # unknown quantisation, or data of the wrong size
-            raise JetSpecError(f"{self.label}: cannot dequantise tensor {tensor.name}: {error}") from error
+            stored = np.fromfile(self._file, np.uint8, tensor.size, offset=tensor.offset)
+            with np.errstate(all="ignore"):  # who takes the values looks whether they are finite
+                return dequantize(stored.reshape(*tensor.shape[:-1], -1), tensor.kind)
+        except OSError as error:
+            raise cannot_read(self._file, error) from error
+        except Exception as error:  # a quantisation that the package does not know, or a file that became shorter
+            raise JetSpecError(f"{self.label}: cannot dequantise tensor {tensor.name}: {first_line(error)}") from error
 
-    def _metadata(self) -> tuple[Fields, str]:
-        """The fields that speak of the model, and its architecture. What is long stays in the file: see `_list`."""
-        found = self._reader.get_field("general.architecture")
-        arch = None if found is None else found.contents()
+    def _architecture(self) -> str:
+        """The architecture, which is supported, without a feature that is not."""
+        arch = self._fields.get("general.architecture")
         if arch not in ARCHITECTURES:
             raise JetSpecError(f"{self.label}: general.architecture {shown(arch)} is not supported; supported are "
                                f"{', '.join(ARCHITECTURES)}")
-        ours = (f"{arch}.", "tokenizer.ggml.", CHAT_TEMPLATE, "general.type", "split.")
-        values = {name: _value(field) for name, field in self._reader.fields.items()
-                  if name.startswith(ours) and name not in LISTS}
-        fields = Fields(self._file, values)
-        fields.refuse({f"{arch}.{name}": inactive for name, inactive in INACTIVE.items()}, {})
-        fields.refuse({"general.type": ("model",), "split.count": (0, 1)},
-                      {"split.count": ": merge the parts with llama.cpp's gguf-split first"})
-        return fields, arch
+        self._fields.refuse({f"{arch}.{name}": inactive for name, inactive in INACTIVE.items()}, {})
+        self._fields.refuse({"general.type": ("model",), "split.count": (0, 1)},
+                            {"split.count": ": merge the parts with llama.cpp's gguf-split first"})
+        return arch
 
     def _is_known(self, name: str) -> bool:
         first, _, rest = name.partition(".")
         if first == self._arch:
             return rest in READ or rest in INACTIVE or rest in HARMLESS
-        return (first in BOOKKEEPING or name.startswith(CHAT_TEMPLATE)
+        return (first in BOOKKEEPING or _is_template(name) or name == TEMPLATE_NAMES
                 or name.removeprefix("tokenizer.ggml.") in (*TOKENIZER, *TOKENIZER_HARMLESS))
 
     def _list(self, name: str) -> list[Any]:
-        """A metadata list, which may be long."""
-        found = self._reader.get_field(name)
-        values = None if found is None else found.contents()
+        """A list of the metadata."""
+        values = self._fields.get(name)
         if not isinstance(values, list):
             raise JetSpecError(f"{self.label} lacks the list {name!r}")
         return values
 
-    def _read_config(self) -> TargetConfig:
+    def _read_config(self, tensors: dict[str, GGUFTensor]) -> TargetConfig:
         fields, arch = self._fields, self._arch
         heads = fields.integer(f"{arch}.attention.head_count")
         hidden = fields.integer(f"{arch}.embedding_length")
@@ -166,19 +157,18 @@ class GGUFFile:
         for name in ("attention.value_length", "rope.dimension_count"):
             if fields.integer(f"{arch}.{name}", head_dim) != head_dim:
                 raise fields.error(f"{arch}.{name}", f"must be the head dimension {head_dim}")
-        tensors = {tensor.name: tensor for tensor in self._reader.tensors}
         if "token_embd.weight" not in tensors:
             raise JetSpecError(f"{self.label} lacks the tensor token_embd.weight")
-        vocab_size = int(tensors["token_embd.weight"].shape[1])
+        vocab_size = tensors["token_embd.weight"].shape[0]
         if fields.integer(f"{arch}.vocab_size", vocab_size) != vocab_size:
             raise fields.error(f"{arch}.vocab_size", f"must be the {vocab_size} rows of token_embd.weight")
-        rope = self._read_rope(tensors.get(ROPE_TABLE))
+        rope = self._read_rope(tensors.get(ROPE_TABLE), head_dim)
         ends = (self._token_id(f"{name}_token_id", vocab_size) for name in ("eos", "eot", "eom"))
         values: dict[str, Any] = {
             "vocab_size": vocab_size, "hidden_size": hidden, "num_heads": heads, "head_dim": head_dim,
             "num_kv_heads": fields.integer(f"{arch}.attention.head_count_kv", heads),
             "intermediate_size": fields.integer(f"{arch}.feed_forward_length"),
-            "num_layers": fields.integer(f"{arch}.block_count"),
+            "num_layers": fields.integer(f"{arch}.block_count", most=MAX_LAYERS),
             "rope_theta": rope.theta, "rope_scaling": rope.scaling,
             "max_positions": rope.context_limit(fields.integer(f"{arch}.context_length")),
             "rms_norm_eps": fields.number(f"{arch}.attention.layer_norm_rms_epsilon", limits=EPS_LIMITS),
@@ -187,7 +177,7 @@ class GGUFFile:
             return TargetConfig(qk_norm=arch == "qwen3", dtype="float32", tie_embeddings="output.weight" not in tensors,
                                 **values)
 
-    def _read_rope(self, table: Any) -> Rope:
+    def _read_rope(self, table: GGUFTensor | None, head_dim: int) -> Rope:
         """Rotary embeddings from the fields and from the tensor that Llama 3.1 and later have (None: there is none)."""
         fields, prefix = self._fields, f"{self._arch}.rope."
         scaling = f"{prefix}scaling."
@@ -213,6 +203,10 @@ class GGUFFile:
         if table is not None:
             if kind != "none":
                 raise JetSpecError(f"{self.label}: {kind} scaling and the tensor {ROPE_TABLE} contradict each other")
+            count = math.prod(table.shape)
+            if count != head_dim // 2:
+                raise JetSpecError(f"{self.label}: tensor {ROPE_TABLE} has {count} divisors, and head_dim {head_dim} "
+                                   f"needs {head_dim // 2}")
             divisors = tuple(self._dequantized(table).flatten())
             with naming(f"{self.label}: tensor {ROPE_TABLE}"):
                 return Rope(theta, RopeScaling(kind="table", divisors=divisors), original)
@@ -253,14 +247,19 @@ class GGUFFile:
             "qwen2": split(QWEN2_PATTERN), "llama-bpe": split(LLAMA3_PATTERN), "gpt-2": [byte_level]}
         kind, pre = (self._fields.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
         if kind != "gpt2" or pre not in splits:
-            raise JetSpecError(f"{self.label}: tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported; "
-                               f"supported is gpt2 with {', '.join(splits)}; convert the model's Hugging Face folder "
-                               "instead")
+            raise JetSpecError(f"{self.label}: tokenizer {shown(kind)} with pre-tokenizer {shown(pre)} is not "
+                               f"supported; supported is gpt2 with {', '.join(splits)}; convert the model's Hugging "
+                               "Face folder instead")
         tokens, types = self._list("tokenizer.ggml.tokens"), self._list("tokenizer.ggml.token_type")
         if len(tokens) != self.config.vocab_size:
             raise JetSpecError(f"{self.label}: tokenizer.ggml.tokens has {len(tokens)} tokens, and token_embd.weight "
                                f"{self.config.vocab_size} rows")
         merges = [tuple(merge.split(" ", 1)) for merge in self._list("tokenizer.ggml.merges")]
+        known = set(tokens)
+        for merge in merges:  # the Rust library would panic, at length
+            if len(merge) < 2 or not known.issuperset((*merge, "".join(merge))):
+                raise JetSpecError(f"{self.label}: its tokenizer is damaged: the merge {shown(' '.join(merge))} makes "
+                                   "no token of two others")
         # Llama 3 takes a piece of text that is a token whole, though no merges lead to it.
         tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges,
                                          ignore_merges=pre == "llama-bpe"))
@@ -277,7 +276,7 @@ class GGUFFile:
         self._add_ends(tokenizer, special, start_by_default=pre == "llama-bpe")
         fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
         templates = {name.removeprefix(CHAT_TEMPLATE).lstrip(".") or "default": self._fields.text(name)
-                     for name in self._fields.values if name.startswith(CHAT_TEMPLATE)}
+                     for name in self._fields.values if _is_template(name)}
         fast.chat_template = templates if templates.keys() - {"default"} else templates.get("default") or None
         return fast
 
@@ -301,60 +300,5 @@ class GGUFFile:
                 special_tokens=[(token, tokenizer.token_to_id(token)) for token in dict.fromkeys(added)])
 
 
-def _open(file: Path) -> Any:
-    """The `gguf.GGUFReader` of a file whose tensors lie where they may."""
-    import gguf
-
-    try:
-        with file.open("rb") as stream:
-            start = stream.read(8)
-        if start[:4] == b"GGUF" and len(start) == 8 and start[4:6] == bytes(2):  # the version's upper half comes first
-            raise JetSpecError(f"{file} is a big-endian GGUF file, and only little-endian ones are read: turn it with "
-                               "gguf-convert-endian of the Python package gguf")
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("error")  # numpy only warns of offsets that do not fit into 64 bits
-            reader = gguf.GGUFReader(file)
-        _check_layout(file, reader)
-    except JetSpecError:
-        raise
-    except OSError as error:
-        raise JetSpecError(f"cannot read {file}: {error.strerror or error}") from error
-    except Exception as error:  # the reader meets damage as whatever numpy or struct raise
-        raise JetSpecError(f"{file} is not a sound GGUF file (truncated download?): {first_line(error)}") from error
-    return reader
-
-
-def _check_layout(file: Path, reader: Any) -> None:
-    """That tensors are aligned, inside the file, and apart."""
-    from gguf.constants import GGML_QUANT_SIZES
-
-    def damaged(tensor: Any, why: str) -> JetSpecError:
-        return JetSpecError(f"{file} is not a sound GGUF file: tensor {tensor.name} {why}")
-
-    spans, alignment = [], int(reader.alignment)
-    for tensor in reader.tensors:
-        # The reader's own numbers wrap around at 64 bits.
-        offset, count = int(tensor.field.parts[-1][0]), math.prod(int(n) for n in tensor.shape)
-        block, size = GGML_QUANT_SIZES[tensor.tensor_type]
-        end = offset + count // block * size
-        if count % block:
-            raise damaged(tensor, f"has {count} values, which are no whole blocks of {block}")
-        if offset % alignment:
-            raise damaged(tensor, f"begins at offset {offset}, which is no multiple of the alignment {alignment}")
-        if int(reader.data_offset) + end > reader.data.size:
-            raise damaged(tensor, f"ends at offset {end}, beyond the end of the file (truncated download?)")
-        if end > offset:
-            spans.append((offset, end, tensor))
-    spans.sort(key=lambda span: span[:2])
-    for (_, end, first), (offset, _, second) in itertools.pairwise(spans):
-        if offset < end:
-            raise damaged(second, f"begins at offset {offset}, inside tensor {first.name}")
-
-
-def _value(field: Any) -> Any:
-    """A metadata value; what is stored as float32 becomes the shortest number that rounds to it (1e-5, and not
-    9.999999747e-06)."""
-    from gguf.constants import GGUFValueType
-
-    value = field.contents()
-    return float(str(np.float32(value))) if field.types == [GGUFValueType.FLOAT32] else value
+def _is_template(name: str) -> bool:
+    return name == CHAT_TEMPLATE or name.startswith(f"{CHAT_TEMPLATE}.")

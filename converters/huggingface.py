@@ -9,12 +9,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from converters.fields import Fields, naming, shown
+from converters.fields import Fields, is_shallow, naming, shown
 from converters.rope import PLACES, TOP_LEVEL, Rope, read_rope, rope_scaling_fields, unknown_rope_fields
 from converters.safetensors_folder import stored_dtype
-from jetspec_jax.config import EPS_LIMITS, FLOAT_DTYPES, HeadConfig, TargetConfig, is_integer
+from jetspec_jax.config import (
+    EPS_LIMITS,
+    FLOAT_DTYPES,
+    MAX_EXPERTS,
+    MAX_LAYERS,
+    HeadConfig,
+    TargetConfig,
+    is_integer,
+)
 from jetspec_jax.errors import JetSpecError
-from jetspec_jax.files import read_json
+from jetspec_jax.files import local_path, read_json
 
 MODEL_TYPES = ("qwen3", "qwen3_moe", "llama")
 DEFAULT_HEAD_DIM = {"qwen3": 128}  # the others derive it from the hidden size
@@ -103,7 +111,7 @@ def read_head_config(folder: Path) -> HeadConfig:
     fields = {
         **_transformer_fields(config, "qwen3", read_rope(config)), "block_size": config.integer("block_size"),
         "target_layer_ids": tuple(dflash.integers("dflash_config.target_layer_ids")),
-        "num_target_layers": config.integer("num_target_layers"), "causal": True in flags,
+        "num_target_layers": config.integer("num_target_layers", most=MAX_LAYERS), "causal": True in flags,
         "mask_token_id": dflash.integer("dflash_config.mask_token_id", least=0)}
     with naming(config.file):
         return HeadConfig(**fields)
@@ -130,7 +138,7 @@ def released_head_config(config: HeadConfig) -> dict[str, Any]:
 
 def unknown_fields(folder: Path, kind: str) -> list[str]:
     """Names of the fields in the config.json of a "target" or "head" that are neither read nor known."""
-    config = Fields(folder / "config.json", read_json(folder / "config.json"))
+    config = _load(folder / "config.json")
     known = {*SHARED_FIELDS, *INACTIVE, *HARMLESS}
     known.update(HEAD_FIELDS if kind == "head" else EXPERT_FIELDS if config.get("model_type") == "qwen3_moe" else ())
     unknown = [name for name in config.values if name not in known and config.get(name) is not None]
@@ -141,7 +149,9 @@ def unknown_fields(folder: Path, kind: str) -> list[str]:
 
 def _read(folder: Path) -> Fields:
     """The config.json of a folder, without features that are not computed here."""
-    config = Fields(folder / "config.json", read_json(folder / "config.json"))
+    if not folder.is_dir():
+        raise JetSpecError(f"{folder} is no folder with a config.json and safetensors files")
+    config = _load(folder / "config.json")
     config.refuse(INACTIVE, REMEDIES)
     # Llama's own code has no such switch, and Qwen3's is off unless the file turns it on.
     windowed = config.get("sliding_window") is not None and config.get("use_sliding_window") is None
@@ -151,6 +161,13 @@ def _read(folder: Path) -> Fields:
     return config
 
 
+def _load(file: Path) -> Fields:
+    values = read_json(file)
+    if not is_shallow(values):
+        raise JetSpecError(f"{file} has lists or objects that are nested too deeply")
+    return Fields(file, values)
+
+
 def _dflash(config: Fields) -> Fields:
     inside = config.within("dflash_config")
     return Fields(config.file, {f"dflash_config.{name}": value for name, value in inside.items()})
@@ -158,7 +175,7 @@ def _dflash(config: Fields) -> Fields:
 
 def _transformer_fields(config: Fields, model_type: str, rope: Rope) -> dict[str, Any]:
     heads, hidden = config.integer("num_attention_heads"), config.integer("hidden_size")
-    layers = config.integer("num_hidden_layers")
+    layers = config.integer("num_hidden_layers", most=MAX_LAYERS)
     if config.get("head_dim") is None and model_type not in DEFAULT_HEAD_DIM and hidden % heads:
         raise JetSpecError(f"{config.file} lacks 'head_dim', and hidden_size {hidden} is not a multiple of "
                            f"num_attention_heads {heads}")
@@ -180,7 +197,9 @@ def _transformer_fields(config: Fields, model_type: str, rope: Rope) -> dict[str
 
 
 def _check_layer_types(config: Fields, layers: int) -> None:
-    kinds = config.get("layer_types", ["full_attention"] * layers)
+    kinds = config.get("layer_types")
+    if kinds is None:
+        return
     if not isinstance(kinds, list):
         raise config.error("layer_types", "must be a list")
     for kind in kinds:
@@ -195,13 +214,14 @@ def _expert_fields(config: Fields, model_type: str) -> dict[str, Any]:
     """What a mixture of experts adds."""
     if model_type != "qwen3_moe":
         return {}
-    layers, sparse_step = config.integer("num_hidden_layers"), config.integer("decoder_sparse_step", 1)
-    dense = config.integers("mlp_only_layers")
+    layers, sparse_step = config.integer("num_hidden_layers", most=MAX_LAYERS), config.integer("decoder_sparse_step", 1)
+    dense = set(config.integers("mlp_only_layers"))
     newer, older = config.get("num_local_experts"), config.get("num_experts")
     if newer is not None and older is not None and newer != older:
         raise JetSpecError(f"{config.file}: num_local_experts {shown(newer)} and num_experts {shown(older)} contradict "
                            "each other")
-    return {"num_experts": config.integer("num_experts" if newer is None else "num_local_experts"),
+    count = "num_experts" if newer is None else "num_local_experts"
+    return {"num_experts": config.integer(count, most=MAX_EXPERTS),
             "num_experts_per_tok": config.integer("num_experts_per_tok"),
             "moe_intermediate_size": config.integer("moe_intermediate_size"),
             "norm_topk_prob": config.flag("norm_topk_prob", False),
@@ -211,7 +231,7 @@ def _expert_fields(config: Fields, model_type: str) -> dict[str, Any]:
 def _end_tokens(folder: Path, config: Fields, vocab_size: int) -> tuple[int, ...]:
     """The EOS ids of generation_config.json, or of config.json where that has none."""
     generation = folder / "generation_config.json"
-    sources = [Fields(generation, read_json(generation))] if generation.exists() else []
+    sources = [_load(generation)] if local_path(generation) else []
     found = []
     for source in (*sources, config):
         value = source.get("eos_token_id", [])

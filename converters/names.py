@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jetspec_jax.config import HeadConfig, TargetConfig, TransformerConfig
+from jetspec_jax.errors import JetSpecError
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,26 @@ class Slot:
         row = self.parts[:len(self.parts) // max(self.stacked, 1)]
         shapes = [(*part.shape[:-2], *part.shape[:-3:-1]) if self.transposed else part.shape for part in row]
         return (*((self.stacked,) if self.stacked else ()), *shapes[0][:-1], sum(shape[-1] for shape in shapes))
+
+
+def check_counts(label: str, config: TransformerConfig, stored: int, fused_experts: bool = False) -> None:
+    """Compares the counts of a config with what a file holds, before the tables below make a row for each.
+
+    Args:
+        label: the file, in messages.
+        stored: the file's tensors.
+        fused_experts: see `target_slots`.
+
+    Raises:
+        JetSpecError: more layers, or more experts, than there are tensors.
+    """
+    layers, experts = config.num_layers, 0
+    if isinstance(config, TargetConfig) and not fused_experts:
+        experts = config.num_experts * (layers - len(set(config.dense_layers)))
+    if max(layers, experts) > stored:
+        what = f"{experts} experts in {layers} layers" if experts else f"{layers} layers"
+        raise JetSpecError(f"{label}: the config asks for {what}, and there are {stored} tensors in all: is it "
+                           "complete, and does its config fit?")
 
 
 def target_slots(config: TargetConfig, fused_experts: bool = False) -> list[Slot]:

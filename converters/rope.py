@@ -11,6 +11,7 @@ from jetspec_jax.errors import JetSpecError
 
 PLACES = ("rope_scaling", "rope_parameters")  # older and newer files
 ORIGINAL = "original_max_position_embeddings"
+MSCALE_LIMITS = (0, 1e6)  # what is below could make a divisor of zero
 TOP_LEVEL = ("rope_theta", "partial_rotary_factor", ORIGINAL)
 # The fields that a type takes.
 TYPES: dict[str, tuple[str, ...]] = {
@@ -85,8 +86,8 @@ def read_rope(config: Fields) -> Rope:
         numbers |= {"beta_fast": number("beta_fast", 32.0), "beta_slow": number("beta_slow", 1.0),
                     "truncate": fields.flag(name("truncate"), True),
                     "attention_factor": number("attention_factor", yarn_attention_factor(
-                        numbers["factor"], fields.number(name("mscale"), 0.0),
-                        fields.number(name("mscale_all_dim"), 0.0)))}
+                        numbers["factor"], *(fields.number(name(key), 0.0, MSCALE_LIMITS)
+                                             for key in ("mscale", "mscale_all_dim"))))}
     if kind != "linear":
         numbers["original_max_positions"] = original
     with naming(config.file):

@@ -12,13 +12,18 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jetspec_jax.config import is_integer
+from converters.fields import is_plain
+from jetspec_jax.config import is_integer, shown
 from jetspec_jax.errors import JetSpecError
-from jetspec_jax.files import parse_json, read_json
+from jetspec_jax.files import cannot_read, check_ordinary, local_path, parse_json, read_json
 
 DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
           "BF16": np.dtype(ml_dtypes.bfloat16)}
 MAX_HEADER = 100_000_000  # as the format's own implementation allows
+# Integers in a file are quantised weights, or a buffer that the architecture does not need.
+INTEGERS = ("BOOL", "I16", "I32", "I64", "U16", "U32", "U64")
+QUANTISED = ("qweight", "qzeros", "g_idx", "absmax", "quant_", "_packed", "_zero_point", "weight_shape")  # in names
+MAX_DIMENSIONS = 8
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -92,9 +97,9 @@ def stored_dtype(folder: Path) -> str:
 
 def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files that make up a checkpoint."""
-    if (folder / INDEX).exists():
+    if local_path(folder / INDEX):
         return [folder / name for name in sorted(set(_weight_map(folder).values()))]
-    if (folder / SINGLE).exists():
+    if local_path(folder / SINGLE):
         return [folder / SINGLE]
     found = sorted(folder.glob("*.safetensors"))
     if len(found) == 1:
@@ -114,20 +119,21 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise JetSpecError(f"{folder / INDEX} has no weight_map")
     for name, file in weight_map.items():
-        plain = isinstance(file, str) and file not in ("", ".", "..") and not set(file) & set("/\\\0")
-        if not plain:
-            raise JetSpecError(f"{folder / INDEX}: tensor {name} points to {file!r}, which is not a file name "
+        if not is_plain(name):
+            raise JetSpecError(f"{folder / INDEX}: {shown(name)} is no name of a tensor")
+        if not isinstance(file, str) or not is_plain(file) or file in (".", "..") or set(file) & set("/\\"):
+            raise JetSpecError(f"{folder / INDEX}: tensor {name} points to {shown(file)}, which is not a file name "
                                "inside the folder")
         if not file.endswith(".safetensors"):
             raise JetSpecError(f"{folder / INDEX}: tensor {name} points to {file!r}, which is no safetensors file")
-        if not (folder / file).is_file():
+        if not local_path(folder / file):
             raise JetSpecError(f"{folder / file} is missing, although the index names it: download it again")
     return weight_map
 
 
 def _check_index(folder: Path, entries: dict[str, _Entry]) -> None:
     """The index and the shards must tell the same story."""
-    if not (folder / INDEX).exists():
+    if not local_path(folder / INDEX):
         return
     weight_map = _weight_map(folder)
     for name in sorted(set(weight_map) | set(entries)):
@@ -143,37 +149,46 @@ def _read_header(file: Path) -> dict[str, _Entry]:
     def damaged(why: str) -> JetSpecError:
         return JetSpecError(f"{file} is not a sound safetensors file: {why}")
 
+    size = check_ordinary(file)
     try:
-        size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > MAX_HEADER or 8 + length > size:
                 raise damaged("it is truncated, or its header length is wrong")
             header = parse_json(stream.read(length))
     except OSError as error:
-        raise JetSpecError(f"cannot read {file}: {error.strerror}") from error
+        raise cannot_read(file, error) from error
     except ValueError as error:
         if isinstance(error, JetSpecError):
             raise
-        raise damaged(f"header: {error}") from error
+        raise damaged(f"header: {str(error)[:200]}") from error
     if not isinstance(header, dict):
         raise damaged("its header is not a JSON object")
     header.pop("__metadata__", None)
 
     entries, spans = {}, []
     for name, info in header.items():
+        if not is_plain(name):
+            raise damaged(f"{shown(name)} is no name of a tensor")
         try:
             dtype, shape, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]
         except (TypeError, KeyError, ValueError) as error:
             raise damaged(f"tensor {name} lacks dtype, shape or data_offsets") from error
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise JetSpecError(f"{file}: tensor {name} has dtype {dtype}, supported are {', '.join(DTYPES)}; "
+        if not isinstance(dtype, str):
+            raise damaged(f"tensor {name} has dtype {shown(dtype)}")
+        if dtype in INTEGERS and not any(mark in name for mark in QUANTISED):
+            raise JetSpecError(f"{file}: tensor {name} holds integers (dtype {dtype}), which no weight of a supported "
+                               "model does: remove it from the file")
+        if dtype not in DTYPES:
+            raise JetSpecError(f"{file}: tensor {name} has dtype {shown(dtype)}, supported are {', '.join(DTYPES)}; "
                                "quantised checkpoints must be dequantised first")
         numbers: list[Any] = [*shape, begin, end] if isinstance(shape, list) else [None]
-        if not all(is_integer(n) and n >= 0 for n in numbers):
-            raise damaged(f"tensor {name} has shape {shape} and offsets {begin}, {end}")
+        if len(numbers) > MAX_DIMENSIONS + 2 or not all(is_integer(n) and 0 <= n < 2**63 for n in numbers):
+            raise damaged(f"tensor {name} has shape {shown(shape)} and offsets {shown(begin)}, {shown(end)}")
         if math.prod(shape) * DTYPES[dtype].itemsize != end - begin:
             raise damaged(f"tensor {name} of shape {shape} and dtype {dtype} does not take {end - begin} bytes")
+        if begin == end:
+            raise damaged(f"tensor {name} of shape {shape} holds nothing")
         spans.append((begin, end))
         entries[name] = _Entry(file, DTYPES[dtype], tuple(shape), 8 + length + begin)
     position = 0

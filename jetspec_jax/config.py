@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, get_args
@@ -22,12 +23,23 @@ RopeKind = Literal["linear", "llama3", "yarn", "table"]
 THETA_LIMITS = (2.0, 1e30)  # that float32 computes angles from
 EPS_LIMITS = (1e-30, 1e30)
 MAX_INT = 2**31 - 1  # positions are int32
+# Far above what anybody has made; what is beyond is damage, and would be counted to for hours.
+MAX_LAYERS, MAX_EXPERTS, MAX_PARAMETERS = 4096, 2**16, 2**50
 
 
 def require(holds: bool, message: str) -> None:
     """Raises JetSpecError with this message unless the condition holds."""
     if not holds:
         raise JetSpecError(message)
+
+
+def shown(value: Any) -> str:
+    """A value in at most 80 characters of one line."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of more digits than Python prints, a list in a thousand lists
+        text = f"{type(value).__name__} too large to be printed"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def is_number(value: Any) -> bool:
@@ -47,14 +59,14 @@ def range_of(limits: tuple[float, float]) -> str:
 
 def make_plain(config: Any) -> None:
     """Turns NumPy numbers into Python's and lists into tuples: configs are hashed, multiplied and written as JSON."""
-    def plain(value: Any) -> Any:
+    def plain(name: str, value: Any) -> Any:
+        require(not is_integer(value) or abs(value) < 2**63, f"{name} has too many digits")  # to be printed
         return int(value) if is_integer(value) else float(value) if is_number(value) else value
 
     for entry in dataclasses.fields(config):
-        value = getattr(config, entry.name)
-        require(not is_integer(value) or abs(value) < 2**63, f"{entry.name} has too many digits")  # to be printed
-        object.__setattr__(config, entry.name, tuple(map(plain, value)) if isinstance(value, list | tuple)
-                           else plain(value))
+        name, value = entry.name, getattr(config, entry.name)
+        object.__setattr__(config, name, tuple(plain(name, item) for item in value)
+                           if isinstance(value, list | tuple) else plain(name, value))
 
 
 def is_integer(value: Any) -> bool:
@@ -106,7 +118,7 @@ class RopeScaling:
     def __post_init__(self) -> None:
         make_plain(self)
         require(isinstance(self.kind, str) and self.kind in self.FIELDS,
-                f"rope scaling of kind {self.kind!r} is not one of {', '.join(self.FIELDS)}")
+                f"rope scaling of kind {shown(self.kind)} is not one of {', '.join(self.FIELDS)}")
         given = {entry.name for entry in fields(self) if getattr(self, entry.name) is not None} - {"kind"}
         for name in self.FIELDS[self.kind]:
             require(name in given, f"rope scaling of kind {self.kind} lacks {name}")
@@ -114,20 +126,21 @@ class RopeScaling:
             raise JetSpecError(f"rope scaling of kind {self.kind} has no {name}")
         for name in sorted(given & set(self.LIMITS) - {"divisors"}):
             limits, value = self.LIMITS[name], getattr(self, name)
-            require(is_within(value, limits), f"{name} must be {range_of(limits)}, not {value!r}")
+            require(is_within(value, limits), f"{name} must be {range_of(limits)}, not {shown(value)}")
         original = self.original_max_positions
         require(original is None or (is_integer(original) and 0 < original <= MAX_INT),
-                f"original_max_positions must be a positive integer, not {original!r}")
+                f"original_max_positions must be a positive integer, not {shown(original)}")
         require(self.truncate is None or isinstance(self.truncate, bool),
-                f"truncate must be true or false, not {self.truncate!r}")
+                f"truncate must be true or false, not {shown(self.truncate)}")
         for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
             below, above = getattr(self, low), getattr(self, high)
-            require(below is None or below < above, f"{low} {below!r} must be below {high} {above!r}")
+            require(below is None or below < above, f"{low} {shown(below)} must be below {high} {shown(above)}")
         if self.divisors is not None:
             limits = self.LIMITS["divisors"]
-            require(isinstance(self.divisors, tuple), f"divisors must be a list, not {self.divisors!r}")
+            require(isinstance(self.divisors, tuple), f"divisors must be a list, not {shown(self.divisors)}")
             for value in self.divisors:
-                require(is_within(value, limits), f"each of the divisors must be {range_of(limits)}, not {value!r}")
+                require(is_within(value, limits),
+                        f"each of the divisors must be {range_of(limits)}, not {shown(value)}")
 
     def context_limit(self, stated: int) -> int:
         """The `max_positions` of a model whose file states `stated` (for linear, the context before the scaling).
@@ -196,38 +209,46 @@ class TransformerConfig:
         make_plain(self)
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
                      "head_dim", "shards"):
-            value = getattr(self, name)
-            require(is_integer(value) and value > 0, f"{name} must be a positive integer, not {value!r}")
+            value, most = getattr(self, name), MAX_LAYERS if name == "num_layers" else MAX_INT
+            require(is_integer(value) and 0 < value <= most,
+                    f"{name} must be an integer from 1 to {most}, not {shown(value)}")
         require(self.num_heads % self.num_kv_heads == 0,
                  f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         require(self.head_dim % 2 == 0, f"head_dim must be even for rotary embeddings, not {self.head_dim}")
         for name, limits in (("rope_theta", THETA_LIMITS), ("rms_norm_eps", EPS_LIMITS)):
             value = getattr(self, name)
-            require(is_within(value, limits), f"{name} must be {range_of(limits)}, not {value!r}")
+            require(is_within(value, limits), f"{name} must be {range_of(limits)}, not {shown(value)}")
         self._check_rope_scaling()
         for name in ("qk_norm", "qkv_bias", "out_bias"):
             value = getattr(self, name)
-            require(isinstance(value, bool), f"{name} must be true or false, not {value!r}")
+            require(isinstance(value, bool), f"{name} must be true or false, not {shown(value)}")
         require(self.kernels in get_args(KernelBackend),
-                 f"kernels {self.kernels!r} is not one of {', '.join(get_args(KernelBackend))}")
+                 f"kernels {shown(self.kernels)} is not one of {', '.join(get_args(KernelBackend))}")
         tile = self.weight_tile
         require(tile is None or (is_integer(tile) and tile > 0), f"weight_tile must be a positive integer or None, not "
-                                                                  f"{tile!r}")
+                                                                  f"{shown(tile)}")
         require(tile is None or (self.product_dtype is None and self.shards == 1),
                  "weights in tiles are neither rounded (product_dtype) nor shared: load them with tiles=False")
         for name in ("dtype", "product_dtype"):
             value = getattr(self, name)
             require(value in FLOAT_DTYPES or (name == "product_dtype" and value is None),
-                     f"{name} {value!r} is not one of {', '.join(FLOAT_DTYPES)}")
+                     f"{name} {shown(value)} is not one of {', '.join(FLOAT_DTYPES)}")
 
     def _check_rope_scaling(self) -> None:
         scaling, half = self.rope_scaling, self.head_dim // 2
         require(scaling is None or isinstance(scaling, RopeScaling),
-                f"rope_scaling must be a RopeScaling or None, not {scaling!r}")
+                f"rope_scaling must be a RopeScaling or None, not {shown(scaling)}")
         if scaling is None:
             return
         require(scaling.divisors is None or len(scaling.divisors) == half,
                 f"rope_scaling has {len(scaling.divisors or ())} divisors, and head_dim {self.head_dim} needs {half}")
+
+    def _check_parameters(self, more: int = 0) -> None:
+        """Refuses sizes that are each possible and together are not; `more`: parameters besides those of all kinds."""
+        layer = 3 * self.intermediate_size + 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
+        count = self.hidden_size * (self.num_layers * layer + 2 * self.vocab_size) + more
+        require(count <= MAX_PARAMETERS, f"a {self.kind} of these sizes has about {count:.0e} parameters, more than "
+                                         "any model has: is one of the sizes damaged?")
 
     @property
     def jnp_dtype(self) -> jnp.dtype:
@@ -283,25 +304,33 @@ class TargetConfig(TransformerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(is_integer(self.max_positions) and 0 < self.max_positions <= MAX_INT,
-                 f"max_positions must be an integer from 1 to {MAX_INT}, not {self.max_positions!r}")
+                 f"max_positions must be an integer from 1 to {MAX_INT}, not {shown(self.max_positions)}")
         require(isinstance(self.eos_token_ids, tuple)
                 and all(is_integer(i) and 0 <= i < self.vocab_size for i in self.eos_token_ids),
-                 f"eos_token_ids must be token ids from 0 to {self.vocab_size - 1}, not {self.eos_token_ids!r}")
+                 f"eos_token_ids must be token ids from 0 to {self.vocab_size - 1}, not {shown(self.eos_token_ids)}")
         for name in ("norm_topk_prob", "tie_embeddings"):
             value = getattr(self, name)
-            require(isinstance(value, bool), f"{name} must be true or false, not {value!r}")
+            require(isinstance(value, bool), f"{name} must be true or false, not {shown(value)}")
         for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
             value, least = getattr(self, name), 1 if self.num_experts else 0
-            require(is_integer(value) and value >= least,
-                     f"{name} must be an integer of at least {least}, not {value!r}")
+            most = MAX_EXPERTS if name == "num_experts" else MAX_INT
+            require(is_integer(value) and least <= value <= most,
+                     f"{name} must be an integer from {least} to {most}, not {shown(value)}")
         require(self.num_experts_per_tok <= self.num_experts,
                  f"num_experts_per_tok {self.num_experts_per_tok} is more than num_experts {self.num_experts}")
+        require(isinstance(self.dense_layers, tuple),
+                f"dense_layers must be a list of layers, not {shown(self.dense_layers)}")
         bad = [i for i in self.dense_layers if not is_integer(i) or not 0 <= i < self.num_layers]
-        require(not bad, f"dense_layers {bad} lie outside the layers 0..{self.num_layers - 1}")
+        require(not bad, f"dense_layers {shown(bad)} lie outside the layers 0..{self.num_layers - 1}")
+        self._check_parameters(3 * self.num_layers * self.num_experts * self.moe_intermediate_size * self.hidden_size)
+
+    @functools.cached_property
+    def _dense(self) -> frozenset[int]:
+        return frozenset(self.dense_layers)
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer's MLP is a mixture of experts."""
-        return self.num_experts > 0 and layer not in self.dense_layers
+        return self.num_experts > 0 and layer not in self._dense
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,14 +352,16 @@ class DrafterConfig(TransformerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(is_integer(self.block_size) and 2 <= self.block_size <= 256,
-                 f"block_size must be an integer from 2 to 256, not {self.block_size!r}")
-        require(is_integer(self.num_target_layers) and self.num_target_layers > 0,
-                 f"num_target_layers must be a positive integer, not {self.num_target_layers!r}")
+                 f"block_size must be an integer from 2 to 256, not {shown(self.block_size)}")
+        require(is_integer(self.num_target_layers) and 0 < self.num_target_layers <= MAX_LAYERS,
+                 f"num_target_layers must be an integer from 1 to {MAX_LAYERS}, not {shown(self.num_target_layers)}")
         require(isinstance(self.target_layer_ids, tuple),
-                 f"target_layer_ids must be a list of layers, not {self.target_layer_ids!r}")
+                 f"target_layer_ids must be a list of layers, not {shown(self.target_layer_ids)}")
         require(len(self.target_layer_ids) > 0, "target_layer_ids is empty: the head needs at least one tapped layer")
         bad = [i for i in self.target_layer_ids if not is_integer(i) or not 0 <= i < self.num_target_layers]
-        require(not bad, f"target_layer_ids {bad} lie outside the target's layers 0..{self.num_target_layers - 1}")
+        require(not bad, f"target_layer_ids {shown(bad)} lie outside the target's layers "
+                         f"0..{self.num_target_layers - 1}")
+        self._check_parameters(len(self.target_layer_ids) * self.hidden_size**2)
 
     def check_fits(self, target: TargetConfig) -> None:
         """Raises JetSpecError if this head was made for another target than `target`."""
@@ -356,7 +387,7 @@ class HeadConfig(DrafterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(is_integer(self.mask_token_id) and 0 <= self.mask_token_id < self.vocab_size,
-                 f"mask_token_id {self.mask_token_id!r} lies outside the vocabulary of {self.vocab_size}")
+                 f"mask_token_id {shown(self.mask_token_id)} lies outside the vocabulary of {self.vocab_size}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -386,11 +417,11 @@ class TreeConfig:
     def __post_init__(self) -> None:
         make_plain(self)
         require(self.builder in get_args(Builder),
-                 f"tree builder {self.builder!r} is not one of {', '.join(get_args(Builder))}")
+                 f"tree builder {shown(self.builder)} is not one of {', '.join(get_args(Builder))}")
         require(is_integer(self.width) and 1 <= self.width <= MAX_TREE_WIDTH,
-                 f"tree width must be an integer from 1 to {MAX_TREE_WIDTH}, not {self.width!r}")
+                 f"tree width must be an integer from 1 to {MAX_TREE_WIDTH}, not {shown(self.width)}")
         require(is_integer(self.budget) and 1 <= self.budget <= MAX_TREE_BUDGET,
-                 f"tree budget must be an integer from 1 to {MAX_TREE_BUDGET}, not {self.budget!r}")
+                 f"tree budget must be an integer from 1 to {MAX_TREE_BUDGET}, not {shown(self.budget)}")
 
 
 @dataclass(frozen=True)
@@ -408,9 +439,9 @@ class PromptLookup:
     def __post_init__(self) -> None:
         make_plain(self)
         require(is_integer(self.ngram) and 1 <= self.ngram <= 16,
-                 f"ngram must be an integer from 1 to 16, not {self.ngram!r}")
+                 f"ngram must be an integer from 1 to 16, not {shown(self.ngram)}")
         require(is_integer(self.length) and 1 <= self.length < MAX_TREE_BUDGET,
-                 f"length must be an integer from 1 to {MAX_TREE_BUDGET - 1}, not {self.length!r}")
+                 f"length must be an integer from 1 to {MAX_TREE_BUDGET - 1}, not {shown(self.length)}")
 
 
 @dataclass(frozen=True)
@@ -431,10 +462,10 @@ class SamplingParams:
     def __post_init__(self) -> None:
         make_plain(self)
         require(is_number(self.temperature) and 0 <= self.temperature <= 100,
-                 f"temperature must be a number from 0 to 100, not {self.temperature!r}")
+                 f"temperature must be a number from 0 to 100, not {shown(self.temperature)}")
         require(self.temperature == 0 or self.temperature >= 1e-3,
-                 f"temperature {self.temperature!r} is too small to divide by: use 0 for greedy decoding")
+                 f"temperature {shown(self.temperature)} is too small to divide by: use 0 for greedy decoding")
         require(self.top_k is None or (is_integer(self.top_k) and self.top_k >= 1),
-                 f"top_k must be an integer of at least 1, or None, not {self.top_k!r}")
+                 f"top_k must be an integer of at least 1, or None, not {shown(self.top_k)}")
         require(self.top_p is None or (is_number(self.top_p) and 0 < self.top_p <= 1),
-                 f"top_p must be above 0 and at most 1, or None, not {self.top_p!r}")
+                 f"top_p must be above 0 and at most 1, or None, not {shown(self.top_p)}")

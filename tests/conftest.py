@@ -1,6 +1,7 @@
 """Every test runs with 64-bit types on and promotion strict, so that an implicit dtype or rank is an error."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"  # for meshes
@@ -21,6 +22,19 @@ from tests.models import PROGRAMS
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def in_time():
+    """What would count for hours fails after 20 seconds."""
+    def fail(*_):
+        pytest.fail("it took 20 seconds")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jetspec_jax import PRESETS, JetSpecError, SamplingParams, TreeConfig
-from jetspec_jax.config import RopeScaling
+from jetspec_jax.config import RopeScaling, shown
 from jetspec_jax.head import head_shapes
 from jetspec_jax.presets import default_target_layer_ids
 from jetspec_jax.target import target_shapes
@@ -15,6 +15,7 @@ from tests.models import tiny_head, tiny_moe, tiny_target
 
 YARN = RopeScaling(kind="yarn", factor=4, original_max_positions=32, beta_fast=32, beta_slow=1, attention_factor=1,
                    truncate=True)
+HUGE = (0, 10**5000)  # Python does not print it
 
 
 def parameters(shapes):
@@ -77,6 +78,44 @@ def test_default_taps(layers, taps, ids):
 def test_nonsense_is_refused(make):
     with pytest.raises(JetSpecError):
         make()
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: tiny_target(num_layers=4097), "num_layers must be an integer from 1 to 4096, not 4097"),
+    (lambda: tiny_target(vocab_size=2**31), "vocab_size must be an integer from 1 to 2147483647"),
+    (lambda: tiny_moe(num_experts=2**16 + 1), "num_experts must be an integer from 1 to 65536"),
+    (lambda: tiny_moe(moe_intermediate_size=2**31), "moe_intermediate_size must be an integer from 1 to 2147483647"),
+    (lambda: tiny_head(tiny_target(), num_target_layers=4097), "num_target_layers must be an integer from 1 to 4096"),
+    (lambda: tiny_target(vocab_size=2**31 - 1, hidden_size=2**20), "a target of these sizes has about 5e\\+15 param"),
+    (lambda: tiny_moe(num_experts=2**16, hidden_size=2**16, moe_intermediate_size=2**17), "a target of these sizes"),
+    (lambda: tiny_head(tiny_target(), hidden_size=2**25), "a head of these sizes has about 2e\\+15 parameters"),
+    (lambda: tiny_target(num_layers=10**5000), "num_layers has too many digits"),
+    (lambda: tiny_target(eos_token_ids=HUGE), "eos_token_ids has too many digits"),
+    (lambda: tiny_moe(dense_layers=HUGE), "dense_layers has too many digits"),
+    (lambda: RopeScaling(kind="table", divisors=HUGE), "divisors has too many digits"),
+    (lambda: tiny_head(tiny_target(), target_layer_ids=HUGE), "target_layer_ids has too many digits"),
+    (lambda: tiny_target(eos_token_ids=[HUGE]), "eos_token_ids must be .*, not tuple too large to be printed"),
+    (lambda: tiny_target(rope_scaling={"factor": 10**5000}), "not dict too large to be printed"),
+    (lambda: tiny_moe(dense_layers=1), "dense_layers must be a list of layers, not 1")])
+def test_sizes_that_no_model_has_are_refused(make, message):
+    with pytest.raises(JetSpecError, match=message) as error:
+        make()
+    assert len(str(error.value)) < 300
+
+
+def test_the_largest_known_sizes_are_no_nonsense():
+    """Ten times as many layers, and four times as many experts, as models of a trillion parameters have."""
+    config = tiny_moe(vocab_size=262_144, hidden_size=16_384, num_layers=600, num_heads=128, num_kv_heads=8,
+                      head_dim=256, intermediate_size=65_536, num_experts=2048, num_experts_per_tok=8,
+                      moe_intermediate_size=2048, dense_layers=tuple(range(0, 600, 2)))
+    assert [config.has_experts(i) for i in (0, 1, 598, 599)] == [False, True, False, True]
+
+
+def test_what_cannot_be_printed_is_shown():
+    assert shown(-7) == "-7"
+    assert shown("a\n\ud800") == r"'a\n\ud800'"
+    assert shown("x" * 100) == "'" + "x" * 76 + "..."
+    assert shown(10**5000) == "int too large to be printed"
 
 
 def test_a_head_of_another_target_is_refused():

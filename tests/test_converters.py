@@ -325,6 +325,36 @@ def double_name(folder):
     file.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length:])
 
 
+def set_header(text):
+    """These bytes in the place of the header, with their length before them."""
+    return lambda folder: (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(64))
+
+
+def be_pipe(name):
+    """A pipe that nobody writes to, in the place of a file."""
+    def damage(folder):
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+    return damage
+
+
+@pytest.mark.parametrize("metadata", [None, 7, [], "text", {"format": ["pt"]}])
+def test_metadata_of_any_type_is_left_alone(target, metadata):
+    damage_header(lambda header: {**header, "__metadata__": metadata})(target)
+    assert convert.read_target(target, progress=False)[0].num_layers == 8
+
+
+@pytest.mark.parametrize(("name", "dtype", "message"), [
+    ("model.embed_positions.position_ids", "I64", "holds integers (dtype I64), which no weight of a supported"),
+    ("model.layers.0.self_attn.bias", "BOOL", "holds integers (dtype BOOL)"),
+    ("model.layers.0.self_attn.q_proj.qweight", "I32", "quantised checkpoints must be dequantised"),
+    ("model.layers.0.self_attn.q_proj.g_idx", "I32", "quantised checkpoints"), (NAME, "F8_E5M2", "quantised check"),
+    ("model.layers.0.self_attn.q_proj.weight.absmax", "U8", "quantised checkpoints"), (NAME, "I8", "quantised check")])
+def test_integers_are_not_all_quantised_weights(tmp_path, target, capsys, name, dtype, message):
+    damage_header(lambda header: {**header, name: {**header[NAME], "dtype": dtype}})(target)
+    assert_refused(tmp_path, target, capsys, f"tensor {name} has dtype '{dtype}'" if "quant" in message else message)
+
+
 def set_entry(name, **changes):
     return damage_header(lambda header: {**header, name: {**header[name], **changes}})
 
@@ -339,8 +369,21 @@ def set_entry(name, **changes):
     (set_entry(NAME, dtype="F8_E4M3"), "F8_E4M3"),
     (lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 64), "header length"),
     (lambda folder: (folder / "model.safetensors").write_bytes(b"\x10" + bytes(7) + b"[1,2,3,4,5,6,78]"), "not a JSON"),
-    (lambda folder: (folder / "model.safetensors").unlink(), "no safetensors")])
-def test_hostile_files_are_refused(tmp_path, target, capsys, damage, message):
+    (lambda folder: (folder / "model.safetensors").unlink(), "no safetensors"),
+    (set_entry(NAME, dtype=["F32"]), "has dtype ['F32']"), (set_entry(NAME, data_offsets=[0.0, 32768.0]), "has shape"),
+    (set_entry(NAME, shape=[10**400]), "has shape [1000"), (set_entry(NAME, shape=[10**18] * 5000), "has shape [1000"),
+    (set_entry(NAME, shape=[2**63, 0], data_offsets=[0, 0]), "has shape"),
+    (set_entry(NAME, shape=[0, 64], data_offsets=[0, 0]), "of shape [0, 64] holds nothing"),
+    (set_entry(NAME, shape=[float("nan"), 64]), "has shape [nan, 64]"),
+    (set_header(b"\xff" * 40), "not a sound safetensors file"), (set_header(b"[" * 10**5), "nested too deeply"),
+    (set_header(b'{"a": {"shape": [' + b"9" * 5000 + b"]}}"), "not a sound safetensors file"),
+    (damage_header(lambda header: {**header, "\ud800": header[NAME]}), r"'\ud800' is no name of a tensor"),
+    (damage_header(lambda header: {**header, "a\nb": header[NAME]}), r"'a\nb' is no name of a tensor"),
+    (damage_header(lambda header: {**header, "a" * 1000: header[NAME]}), "is no name of a tensor"),
+    (damage_header(lambda header: {**header, NAME: [1]}), "lacks dtype"), (be_pipe("model.safetensors"), "no ordinary"),
+    (be_pipe("config.json"), "config.json is no ordinary file"), (be_pipe("generation_config.json"), "no ordinary"),
+    (be_pipe("model.safetensors.index.json"), "model.safetensors.index.json is no ordinary file")])
+def test_hostile_files_are_refused(tmp_path, target, capsys, in_time, damage, message):
     damage(target)
     assert_refused(tmp_path, target, capsys, message)
 
@@ -372,12 +415,17 @@ def edit_index(change):
     (edit_index(lambda m, f: m.update({NAME: 7})), "not a file name"),
     (edit_index(lambda m, f: m.update({NAME: "pytorch_model.bin"})), "no safetensors file"),
     (edit_index(lambda m, f: m.update({NAME: "absent.safetensors"})), "missing"),
+    (edit_index(lambda m, f: m.update({NAME: "\ud800.safetensors"})), "not a file name"),
+    (edit_index(lambda m, f: m.update({NAME: "é" * 200 + ".safetensors"})), "missing"),
+    (edit_index(lambda m, f: m.update({"a\nb": m[NAME]})), r"'a\nb' is no name of a tensor"),
+    (edit_index(lambda m, f: (f / "sub.safetensors").mkdir() or m.update({NAME: "sub.safetensors"})), "is no ordinary"),
+    (edit_index(lambda m, f: os.mkfifo(f / "p.safetensors") or m.update({NAME: "p.safetensors"})), "is no ordinary"),
     (edit_index(lambda m, f: m.pop(NAME)), "disagree"),
     (edit_index(lambda m, f: m.clear()), "no weight_map"),
     (edit_index(lambda m, f: m.update({NAME: next(file for file in m.values() if file != m[NAME])})), "disagree"),
     (edit_index(lambda m, f: save_file({NAME: np.zeros((2, 2), np.float32)}, f / "extra.safetensors")
                 or m.update({"other": "extra.safetensors"})), "stored twice")])
-def test_an_unsound_index_is_refused(tmp_path, target, capsys, damage, message):
+def test_an_unsound_index_is_refused(tmp_path, target, capsys, in_time, damage, message):
     damage(target)
     assert_refused(tmp_path, target, capsys, message)
 
@@ -392,6 +440,44 @@ def test_an_unsound_index_is_refused(tmp_path, target, capsys, damage, message):
 def test_configs_that_do_not_fit_are_refused(tmp_path, target, capsys, changes, message):
     edit_json(target / "config.json", **changes)
     assert_refused(tmp_path, target, capsys, message)
+
+
+HUGE = 10**400
+DEEP = json.loads("[" * 500 + "]" * 500)
+
+
+@pytest.mark.parametrize(("kind", "changes", "message"), [
+    ("target", {"num_hidden_layers": 10**9, "layer_types": None}, "num_hidden_layers must be an integer of at most"),
+    ("target", {"num_hidden_layers": HUGE}, "num_hidden_layers must be an integer of at most 4096, not 1000"),
+    ("target", {"num_hidden_layers": 4000, "layer_types": None}, "asks for 4000 layers, and there are 91 tensors"),
+    ("target", {"num_hidden_layers": math.nan}, "num_hidden_layers must be an integer of at least 1, not nan"),
+    ("target", {"vocab_size": 2**31}, "vocab_size must be an integer of at most 2147483647"),
+    ("target", {"vocab_size": 2**31 - 1, "hidden_size": 2**31 - 1}, "is one of the sizes damaged?"),
+    ("target", {"rope_theta": math.inf, "rope_parameters": None}, "rope_theta must be a number from 2 to 1e+30, not i"),
+    ("target", {"rope_theta": HUGE, "rope_parameters": None}, "rope_theta must be a number from 2 to 1e+30, not 1000"),
+    ("target", {"layer_types": DEEP}, "config.json has lists or objects that are nested too deeply"),
+    ("target", {"rope_parameters": {"a\nb": 1}}, "rope_parameters must be an object with plain names"),
+    ("target", {"rope_scaling": {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 32, "mscale": 1,
+                                 "mscale_all_dim": -10 / math.log(4)}}, "mscale_all_dim must be a number from 0"),
+    ("moe", {"num_experts": 10**9}, "num_experts must be an integer of at most 65536"),
+    ("moe", {"num_experts": 65536}, "asks for 327680 experts in 5 layers, and there are "),
+    ("moe", {"num_experts": None, "num_local_experts": HUGE}, "num_local_experts must be an integer of at most 65536"),
+    ("moe", {"num_hidden_layers": 10**9, "layer_types": None}, "num_hidden_layers must be an integer of at most"),
+    ("head", {"num_hidden_layers": 10**9, "layer_types": None}, "num_hidden_layers must be an integer of at most"),
+    ("head", {"num_hidden_layers": 4000, "layer_types": None}, "asks for 4000 layers, and there are "),
+    ("head", {"num_target_layers": 10**9}, "num_target_layers must be an integer of at most 4096"),
+    ("head", {"dflash_config": {"mask_token_id": 63, "target_layer_ids": [1, HUGE]}}, "target_layer_ids has too many"),
+    ("head", {"dflash_config": {"mask_token_id": HUGE, "target_layer_ids": [1]}}, "mask_token_id must be an integer")])
+def test_numbers_that_no_model_has_are_refused(tmp_path, capsys, in_time, kind, changes, message):
+    source = shutil.copytree({"target": DENSE / "target", "moe": MOE / "target", "head": DENSE / "head"}[kind],
+                             tmp_path / "source")
+    edit_json(source / "config.json", **changes)
+    assert_refused(tmp_path, source, capsys, message, kind="head" if kind == "head" else "target")
+
+
+def test_a_model_is_a_folder_or_a_file(tmp_path, capsys):
+    (tmp_path / "head.gguf").write_bytes(b"GGUF")
+    assert_refused(tmp_path, tmp_path / "head.gguf", capsys, "head.gguf is no folder with a config.json", kind="head")
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", '{"a": 1, "a": 2}', "[" * 100_000])

@@ -1,6 +1,9 @@
 """GGUF files: small ones written here, in both architectures, and damaged ones."""
 
 import math
+import os
+import struct
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -9,8 +12,9 @@ import pytest
 from converters.assemble import take_apart
 from converters.cli import main
 from converters.gguf_file import GGUFFile
+from converters.gguf_header import read_header
 from converters.names import gguf_name, target_slots
-from jetspec_jax import checkpoint, load_pretrained
+from jetspec_jax import JetSpecError, checkpoint, load_pretrained
 from jetspec_jax.config import RopeScaling
 from jetspec_jax.target import target_shapes
 from tests.models import random_params, tiny_target
@@ -100,13 +104,11 @@ def test_weights_config_and_tokenizer_arrive(example, tmp_path):
     assert direct.target_config.dtype == "float32"
 
 
-def test_quantised_tensors_are_dequantised(example, tmp_path):
-    _, _, _, config, arch = example
-    values = np.random.default_rng(1).standard_normal((config.vocab_size, 32)).astype(np.float32)
-    packed = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
-    writer = gguf.GGUFWriter(tmp_path / "q.gguf", arch)
+def write_embedding(file, arch, packed):
+    """A file of one layer that holds nothing but an embedding table of 32 columns, in Q8_0."""
+    writer = gguf.GGUFWriter(file, arch)
     for name in ("block_count", "feed_forward_length", "attention.head_count", "context_length"):
-        writer.add_uint32(f"{arch}.{name}", 4)
+        writer.add_uint32(f"{arch}.{name}", 1)
     writer.add_uint32(f"{arch}.embedding_length", 32)
     writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", 1e-6)
     writer.add_tensor("token_embd.weight", packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
@@ -114,6 +116,12 @@ def test_quantised_tensors_are_dequantised(example, tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def test_quantised_tensors_are_dequantised(example, tmp_path):
+    _, _, _, config, arch = example
+    values = np.random.default_rng(1).standard_normal((config.vocab_size, 32)).astype(np.float32)
+    write_embedding(tmp_path / "q.gguf", arch, gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0))
     source = GGUFFile(tmp_path / "q.gguf")
     assert source.shapes["model.embed_tokens.weight"] == (config.vocab_size, 32)
     np.testing.assert_allclose(source.read("model.embed_tokens.weight"), values, atol=0.03)
@@ -330,3 +338,122 @@ def test_other_architectures_are_refused(example, tmp_path, capsys):
     _, _, tensors, config, _ = example
     write(tmp_path / "other.gguf", config, tensors, "mamba")
     refused(capsys, tmp_path / "other.gguf", tmp_path / "out", "'mamba'")
+
+
+def text(value):
+    data = value if isinstance(value, bytes) else value.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def field(name, kind, data):
+    return text(name) + struct.pack("<I", kind) + data
+
+
+def tensor(name="t", shape=(4,), kind=0, offset=0):
+    """`shape` with the shortest axis first, as files have it."""
+    return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+
+
+def write_bytes(file, fields=(), tensors=(), data=b"", version=3, counts=None, alignment=32):
+    """A file of these bytes; `counts` are the counts that it states, of tensors and of fields."""
+    header = struct.pack("<4sIQQ", b"GGUF", version, *(counts or (len(tensors), len(fields))))
+    header += b"".join((*fields, *tensors))
+    file.write_bytes(header + bytes(-len(header) % alignment if data else 0) + data)
+    return file
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_headers_are_read(tmp_path, version):
+    values = {"u8": (0, "B", 255), "i8": (1, "b", -128), "u16": (2, "H", 65535), "i16": (3, "h", -2),
+              "u32": (4, "I", 7), "i32": (5, "i", -7), "f32": (6, "f", 0.1), "yes": (7, "?", True),
+              "u64": (10, "Q", 2**64 - 1), "i64": (11, "q", -2**63), "f64": (12, "d", 0.1)}
+    fields = [field(name, kind, struct.pack(f"<{code}", value)) for name, (kind, code, value) in values.items()]
+    fields += [field("text", 8, text("é")), field("general.alignment", 4, struct.pack("<I", 64)),
+               field("numbers", 9, struct.pack("<IQ3h", 3, 3, 1, -2, 3)), field("none", 9, struct.pack("<IQ", 8, 0)),
+               field("texts", 9, struct.pack("<IQ", 8, 2) + text("a") + text("")),
+               field("lists", 9, struct.pack("<IQ", 9, 2) + struct.pack("<IQB", 0, 1, 5) + struct.pack("<IQ", 0, 0))]
+    tensors = [tensor("b", (3, 2), 0, 64), tensor("a", (4,), 1, 0)]
+    data = struct.pack("<4e", 1, 2, 3, 4) + bytes(56) + struct.pack("<6f", *range(6))
+    file = write_bytes(tmp_path / "f.gguf", fields, tensors, data, version, alignment=64)
+    header = read_header(file)
+    assert header.metadata == {
+        **{name: value for name, (*_, value) in values.items()}, "text": "é", "general.alignment": 64,
+        "numbers": [1, -2, 3], "none": [], "texts": ["a", ""], "lists": [[5], []]}
+    assert header.metadata["yes"] is True
+    start = file.stat().st_size - len(data)
+    assert start % 64 == 0
+    assert {t.name: (t.shape, t.kind.name, t.offset - start, t.size) for t in header.tensors.values()} == {
+        "a": ((4,), "F16", 0, 8), "b": ((2, 3), "F32", 64, 24)}
+
+
+def listed(kind, count, data=b""):
+    return [field("x", 9, struct.pack("<IQ", kind, count) + data)]
+
+
+@pytest.mark.parametrize(("parts", "message"), [
+    ({"counts": (2**40, 0)}, "it counts 1099511627776 tensors, and is too small for them"),
+    ({"counts": (0, 2**40)}, "it counts 1099511627776 fields"), ({"counts": (2**64 - 1, 0)}, "18446744073709551615 te"),
+    ({"counts": (2, 0), "tensors": [tensor()]}, "it counts 2 tensors"), ({"counts": (0, 1)}, "it counts 1 fields"),
+    *(({"fields": listed(n, 2**40, bytes(64))}, "it counts 1099511627776 items of field x") for n in (0, 4, 8, 9)),
+    ({"fields": listed(12, 9, bytes(64))}, "it counts 9 items of field x"),
+    ({"fields": [text("x") + struct.pack("<IQ", 8, 2**63) + bytes(9)]}, "field x reaches beyond its end"),
+    ({"fields": [struct.pack("<Q", 2**40) + bytes(9)]}, "the name of a field reaches beyond its end"),
+    ({"fields": [field("x", 9, struct.pack("<IQ", 9, 1) * 9)]}, "list of what is not known, or nested too deeply"),
+    ({"fields": listed(13, 0)}, "field x is a list of what is not known"),
+    ({"fields": [field("x", 13, bytes(8))]}, "field x is of type 13, which is not known"),
+    ({"fields": [field("x", 0, b"1")] * 2}, "field x occurs twice"),
+    ({"fields": [field("x", 8, text(b"a\xff"))]}, "field x is not UTF-8 text"),
+    ({"fields": listed(8, 2, text("a") + text(b"\xc3"))}, "field x is not UTF-8 text"),
+    ({"fields": [field(b"\xff", 0, b"1")]}, "the name of a field is not UTF-8 text"),
+    ({"fields": [field("a\nb", 0, b"1")]}, r"'a\\nb' is no name of a field"),
+    ({"fields": [field("a" * 300, 0, b"1")]}, "is no name of a field"),
+    ({"fields": [field("x", 7, b"\2")]}, "field x is neither true nor false"),
+    *(({"fields": [field("general.alignment", 4, struct.pack("<I", n))]},
+       f"general.alignment must be a power of two up to 65536, not {n}") for n in (0, 3, 2**17)),
+    ({"fields": [field("general.alignment", 8, text("32"))]}, "general.alignment must be a power of two"),
+    ({"tensors": [tensor(shape=())]}, "tensor t has 0 dimensions"),
+    ({"tensors": [tensor(shape=(1,) * 5)]}, "tensor t has 5 dimensions"),
+    ({"tensors": [tensor(shape=(4, 0))]}, r"tensor t has shape \[0, 4\], which is empty"),
+    ({"tensors": [tensor(shape=(33, 2), kind=8)]}, r"shape \[2, 33\], which is empty or no rows of whole blocks of 32"),
+    ({"tensors": [tensor(shape=(2**63, 2**63))]}, "tensor t ends at offset .*, beyond the end of the file"),
+    ({"tensors": [tensor(kind=999)]}, "tensor t is of type 999, which is not known"),
+    ({"tensors": [tensor(b"\xff")]}, "the name of a tensor is not UTF-8 text"),
+    ({"tensors": [tensor(), tensor(offset=32)], "data": bytes(64)}, "tensor t occurs twice"),
+    ({"tensors": [tensor("s", (9,)), tensor(offset=32)], "data": bytes(64)}, "t begins at offset 32, inside tensor s"),
+    ({"version": 1}, "of version 1, and versions 2 and 3 are read"), ({"version": 4}, "of version 4")])
+def test_headers_that_lie_are_refused(tmp_path, in_time, parts, message):
+    with pytest.raises(JetSpecError, match=message) as error:
+        read_header(write_bytes(tmp_path / "bad.gguf", **parts))
+    assert str(error.value).startswith(f"{tmp_path / 'bad.gguf'} is ")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("blocks", "message"), [
+    (4000, "the config asks for 4000 layers, and there are "), (4097, "block_count must be an integer of at most 4096"),
+    (10**9, "block_count must be an integer of at most 4096, not 1000000000")])
+def test_counts_of_layers_have_a_limit(example, tmp_path, capsys, in_time, blocks, message):
+    _, _, tensors, config, arch = example
+    write(tmp_path / "deep.gguf", config, tensors, arch, block_count=blocks)
+    refused(capsys, tmp_path / "deep.gguf", tmp_path / "out", message)
+
+
+def test_a_table_as_large_as_the_file_is_not_read(example, tmp_path, capsys):
+    _, _, tensors, config, arch = example
+    table = np.ones((1000, 100), np.float32)
+    write(tmp_path / "table.gguf", config, {**tensors, "rope_freqs.weight": table}, arch)
+    refused(capsys, tmp_path / "table.gguf", tmp_path / "out", "has 100000 divisors, and head_dim 8 needs 4")
+
+
+def test_what_never_ends_is_no_model(tmp_path, capsys, in_time):
+    os.mkfifo(tmp_path / "model.gguf")
+    for source in (tmp_path / "model.gguf", Path("/dev/zero")):
+        refused(capsys, source, tmp_path / "out", f"{source} is no ordinary file")
+        with pytest.raises(JetSpecError, match=f"{source} is no ordinary file"):
+            load_pretrained(source)
+
+
+def test_values_that_overflow_are_no_warnings(tmp_path):
+    """An infinite scale: whoever reads the values finds that they are not finite."""
+    block = np.frombuffer(struct.pack("<e32b", math.inf, *[0] * 32), np.uint8)
+    write_embedding(tmp_path / "scale.gguf", "llama", np.tile(block, (7, 1)))
+    assert np.isnan(GGUFFile(tmp_path / "scale.gguf").read("model.embed_tokens.weight")).all()
