@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from converters.assemble import TensorSource, assemble, check_names, take_apart
-from converters.fields import naming, shown
+from converters.fields import naming
 from converters.gguf_file import GGUFFile
 from converters.huggingface import read_head_config, read_target_config, released_head_config, unknown_fields
 from converters.names import Slot, check_counts, head_slots, target_slots
@@ -22,7 +22,7 @@ from converters.safetensors_folder import SINGLE, SafetensorsFolder, write_safet
 from converters.tokenizer import MORE_TEMPLATES, load_tokenizer, save_tokenizer
 from jetspec_jax import checkpoint
 from jetspec_jax.config import HeadConfig, TargetConfig
-from jetspec_jax.errors import JetSpecError
+from jetspec_jax.errors import JetSpecError, shown
 from jetspec_jax.sharding import place, shards_of
 
 HUB_FILES = ("*.json", "*.safetensors", "merges.txt", "chat_template.jinja", f"{MORE_TEMPLATES}/*.jinja",

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jetspec_jax.config import MAX_INT, is_integer, is_within, range_of, shown
-from jetspec_jax.errors import JetSpecError
+from jetspec_jax.config import MAX_INT, is_integer, is_within, range_of
+from jetspec_jax.errors import JetSpecError, shown
 
 MAX_NAME = 256  # characters
-MAX_DEPTH = 32
 
 
 @dataclass(frozen=True)
@@ -113,17 +112,6 @@ def is_plain(name: str) -> bool:
     """Whether a name that a file gives can stand in a message as it is: one line, not too long, and no halves of
     characters."""
     return 0 < len(name) <= MAX_NAME and name.isprintable()
-
-
-def is_shallow(value: Any) -> bool:
-    """Whether no list or object lies deeper inside others than a config needs; comparing and printing such would end
-    in Python's limit of recursion."""
-    level, depth = [value], 0
-    while level and depth <= MAX_DEPTH:
-        level = [item for inside in level if isinstance(inside, dict | list)
-                 for item in (inside.values() if isinstance(inside, dict) else inside)]
-        depth += 1
-    return not level
 
 
 @contextlib.contextmanager

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from converters.fields import Fields, is_one_of, naming, shown
+from converters.fields import Fields, is_one_of, naming
 from converters.gguf_header import GGUFTensor, read_header
 from converters.names import check_counts, gguf_name, target_slots
 from converters.rope import REASONS, Rope, yarn_attention_factor
 from jetspec_jax.checkpoint import first_line
 from jetspec_jax.config import EPS_LIMITS, MAX_LAYERS, THETA_LIMITS, RopeScaling, TargetConfig
-from jetspec_jax.errors import JetSpecError
+from jetspec_jax.errors import JetSpecError, shown
 from jetspec_jax.files import cannot_read
 
 ARCHITECTURES = ("llama", "qwen3")

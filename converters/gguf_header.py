@@ -10,9 +10,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from converters.fields import is_plain, shown
+from converters.fields import is_plain
 from jetspec_jax.config import is_integer
-from jetspec_jax.errors import JetSpecError
+from jetspec_jax.errors import JetSpecError, shown
 from jetspec_jax.files import cannot_read, check_ordinary
 
 VERSIONS = (2, 3)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from converters.fields import Fields, is_shallow, naming, shown
+from converters.fields import Fields, naming
 from converters.rope import PLACES, TOP_LEVEL, Rope, read_rope, rope_scaling_fields, unknown_rope_fields
 from converters.safetensors_folder import stored_dtype
 from jetspec_jax.config import (
@@ -21,7 +21,7 @@ from jetspec_jax.config import (
     TargetConfig,
     is_integer,
 )
-from jetspec_jax.errors import JetSpecError
+from jetspec_jax.errors import JetSpecError, shown
 from jetspec_jax.files import local_path, read_json
 
 MODEL_TYPES = ("qwen3", "qwen3_moe", "llama")
@@ -138,7 +138,7 @@ def released_head_config(config: HeadConfig) -> dict[str, Any]:
 
 def unknown_fields(folder: Path, kind: str) -> list[str]:
     """Names of the fields in the config.json of a "target" or "head" that are neither read nor known."""
-    config = _load(folder / "config.json")
+    config = Fields(folder / "config.json", read_json(folder / "config.json"))
     known = {*SHARED_FIELDS, *INACTIVE, *HARMLESS}
     known.update(HEAD_FIELDS if kind == "head" else EXPERT_FIELDS if config.get("model_type") == "qwen3_moe" else ())
     unknown = [name for name in config.values if name not in known and config.get(name) is not None]
@@ -151,7 +151,7 @@ def _read(folder: Path) -> Fields:
     """The config.json of a folder, without features that are not computed here."""
     if not folder.is_dir():
         raise JetSpecError(f"{folder} is no folder with a config.json and safetensors files")
-    config = _load(folder / "config.json")
+    config = Fields(folder / "config.json", read_json(folder / "config.json"))
     config.refuse(INACTIVE, REMEDIES)
     # Llama's own code has no such switch, and Qwen3's is off unless the file turns it on.
     windowed = config.get("sliding_window") is not None and config.get("use_sliding_window") is None
@@ -159,13 +159,6 @@ def _read(folder: Path) -> Fields:
         raise JetSpecError(f"{config.file}: sliding_window {shown(config.get('sliding_window'))} is not supported: "
                            "here every token sees all before it; set it to null if the model was trained so")
     return config
-
-
-def _load(file: Path) -> Fields:
-    values = read_json(file)
-    if not is_shallow(values):
-        raise JetSpecError(f"{file} has lists or objects that are nested too deeply")
-    return Fields(file, values)
 
 
 def _dflash(config: Fields) -> Fields:
@@ -231,7 +224,7 @@ def _expert_fields(config: Fields, model_type: str) -> dict[str, Any]:
 def _end_tokens(folder: Path, config: Fields, vocab_size: int) -> tuple[int, ...]:
     """The EOS ids of generation_config.json, or of config.json where that has none."""
     generation = folder / "generation_config.json"
-    sources = [_load(generation)] if local_path(generation) else []
+    sources = [Fields(generation, read_json(generation))] if local_path(generation) else []
     found = []
     for source in (*sources, config):
         value = source.get("eos_token_id", [])

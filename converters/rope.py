@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from converters.fields import Fields, is_one_of, naming, shown
+from converters.fields import Fields, is_one_of, naming
 from jetspec_jax.config import THETA_LIMITS, RopeScaling
-from jetspec_jax.errors import JetSpecError
+from jetspec_jax.errors import JetSpecError, shown
 
 PLACES = ("rope_scaling", "rope_parameters")  # older and newer files
 ORIGINAL = "original_max_position_embeddings"

@@ -13,8 +13,8 @@ import ml_dtypes
 import numpy as np
 
 from converters.fields import is_plain
-from jetspec_jax.config import is_integer, shown
-from jetspec_jax.errors import JetSpecError
+from jetspec_jax.config import is_integer
+from jetspec_jax.errors import JetSpecError, shown
 from jetspec_jax.files import cannot_read, check_ordinary, local_path, parse_json, read_json
 
 DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import jax.numpy as jnp
 
-from jetspec_jax.errors import JetSpecError
+from jetspec_jax.errors import JetSpecError, shown
 
 MAX_TREE_WIDTH = 16
 MAX_TREE_BUDGET = 1024
@@ -31,15 +31,6 @@ def require(holds: bool, message: str) -> None:
     """Raises JetSpecError with this message unless the condition holds."""
     if not holds:
         raise JetSpecError(message)
-
-
-def shown(value: Any) -> str:
-    """A value in at most 80 characters of one line."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer of more digits than Python prints, a list in a thousand lists
-        text = f"{type(value).__name__} too large to be printed"
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def is_number(value: Any) -> bool:

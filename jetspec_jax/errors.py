@@ -17,9 +17,9 @@ class DamagedError(JetSpecError):
 
 
 def shown(value: Any) -> str:
-    """A value in at most 80 characters, however large it is."""
+    """A value as messages show it: in at most 80 characters of one line."""
     try:
-        text = repr(value)
-    except ValueError:  # Python does not print integers of more than 4300 digits
-        return f"a value of type {type(value).__name__} with too many digits"
+        text = " ".join(repr(value).split())
+    except (ValueError, RecursionError):  # an integer of more digits than Python prints, a list in a thousand lists
+        text = f"{type(value).__name__} too large to be printed"
     return text if len(text) <= 80 else f"{text[:77]}..."

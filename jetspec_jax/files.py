@@ -17,6 +17,7 @@ from jetspec_jax.errors import JetSpecError
 
 MAX_JSON = 2**24  # bytes; the index of a model with 36,000 tensors takes 3 MB
 MAX_TEXT = 2**28
+MAX_DEPTH = 64  # of lists and objects in JSON
 NO_SUCH_NAME = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
@@ -88,9 +89,12 @@ def parse_json(text: str | bytes) -> Any:
         ValueError: no JSON, or JSON that is nested too deeply.
     """
     try:
-        return json.loads(text, object_pairs_hook=_no_duplicates)
+        value = json.loads(text, object_pairs_hook=_no_duplicates)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    if not _is_shallow(value):
+        raise ValueError("it is nested too deeply")
+    return value
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -132,6 +136,16 @@ def locked(file: Path, busy: str) -> Iterator[None]:
 def cannot_read(file: str | os.PathLike[str], error: OSError) -> JetSpecError:
     """The error of a file that the system does not let us read."""
     return JetSpecError(f"cannot read {str(file)[:200]}: {error.strerror or error}")
+
+
+def _is_shallow(value: Any) -> bool:
+    """Whether it may be compared and printed without meeting Python's limit of recursion."""
+    level, depth = [value], 0
+    while level and depth < MAX_DEPTH:
+        level = [item for inside in level if isinstance(inside, dict | list)
+                 for item in (inside.values() if isinstance(inside, dict) else inside)]
+        depth += 1
+    return not level
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from jetspec_jax import PRESETS, JetSpecError, SamplingParams, TreeConfig
-from jetspec_jax.config import RopeScaling, shown
+from jetspec_jax.config import RopeScaling
+from jetspec_jax.errors import shown
 from jetspec_jax.head import head_shapes
 from jetspec_jax.presets import default_target_layer_ids
 from jetspec_jax.target import target_shapes

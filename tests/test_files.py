@@ -52,6 +52,7 @@ def test_sizes_have_a_limit(tmp_path):
 
 @pytest.mark.parametrize(("text", "message"), [
     ("", "not valid JSON"), ("[1]", "should hold a JSON object, not list"), ("[" * 100_000, "nested too deeply"),
+    ("[" * 65 + "]" * 65, "nested too deeply"),
     ('{"a": 1, "a": 1}', "'a' occurs twice"), ("{\"a\": " + "9" * 5000 + "}", "not valid JSON"), ("\ufeff", "JSON")])
 def test_json_that_is_none(tmp_path, text, message):
     (tmp_path / "f.json").write_text(text, encoding="utf-8")
@@ -64,6 +65,7 @@ def test_json_is_read(tmp_path):
     (tmp_path / "f.json").write_text(json.dumps(value))
     assert read_json(tmp_path / "f.json") == {**value, "é": "😀"}
     assert parse_json(b"[1]") == [1]
+    assert str(parse_json("[" * 64 + "]" * 64)) == "[" * 64 + "]" * 64
 
 
 def test_text_with_and_without_a_mark(tmp_path):
