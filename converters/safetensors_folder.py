@@ -59,7 +59,10 @@ class SafetensorsFolder:
     def read(self, name: str) -> np.ndarray:
         entry = self._entries[name]
         count = math.prod(entry.shape)
-        values = np.fromfile(entry.file, dtype=entry.dtype, count=count, offset=entry.offset)
+        try:
+            values = np.fromfile(entry.file, dtype=entry.dtype, count=count, offset=entry.offset)
+        except OSError as error:
+            raise cannot_read(entry.file, error) from error
         if values.size != count:
             raise JetSpecError(f"{entry.file} is truncated in tensor {name}: download it again")
         return values.reshape(entry.shape)
