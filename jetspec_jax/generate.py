@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,7 @@ from jetspec_jax.draft import Drafter, HeadDrafter, NoDrafter, plain_nodes
 from jetspec_jax.errors import JetSpecError
 from jetspec_jax.lookup import LookupDrafter
 from jetspec_jax.pair import Pair
+from jetspec_jax.programs import Clock, Pace
 from jetspec_jax.sampling import NO_TOKEN, Sampler, sequence_keys
 from jetspec_jax.sharding import fetch, over_mesh, put, shards_of
 from jetspec_jax.text import TextStream
@@ -60,7 +60,7 @@ class Generation:
         seconds: wall-clock time from its prompt until it was handed out, compilation excluded. Where nothing waits to
             refill a row, all rows of a batch are handed out together.
         prompt_seconds: the part of `seconds` that went into the prompts it was read with.
-        compile_seconds: what the whole call spent compiling, up to this answer.
+        compile_seconds: how long the whole call waited for programs to be compiled, up to this answer.
         error: what went wrong and what may help, where the target's logits are not finite; None otherwise.
     """
 
@@ -181,8 +181,7 @@ class Request:
     index: int
     ids: list[int]
     limit: int  # length at which it ends
-    started: float = 0.0
-    compiled_before: float = 0.0  # compile seconds when it started
+    started: float = 0.0  # by the run's clock
     prompt_seconds: float = 0.0
     told: int = 0  # answer tokens streamed
     told_rounds: int = 0
@@ -227,7 +226,7 @@ class Run:
         self.pair, self.decoder, self.eos = pair, decoder, eos
         self.max_new_tokens = max_new_tokens
         self.sampler, self.seed = put(pair.mesh, sampler=sampler, seed=np.uint32(seed))
-        self.compile_start = pair.programs.compile_seconds
+        self.clock = Clock()
 
     def steps(self, requests: list[Request], batch: int, rounds_per_chunk: int | None) -> Iterator[StreamChunk]:
         """Decodes all requests in `batch` rows; reports after so many rounds, or (None) when a row can be refilled."""
@@ -240,20 +239,32 @@ class Run:
         state = self._call(create_state, (self.decoder, batch // groups, slots), self.sampler,
                            *put(self.pair.mesh, eos=eos))
         waiting, rows = deque(requests), [None] * batch  # type: deque[Request], list[Request | None]
+        pace = Pace()
         while waiting or any(rows):
             state = self._refill(state, waiting, rows)
             occupied = sum(request is not None for request in rows)
             # With prompts waiting, stop at the first row that can be refilled; else finish them all.
-            limits = put(self.pair.mesh, max_rounds=np.int32(rounds_per_chunk or slots),
-                         min_active=np.int32(occupied if waiting else 1))
-            state = self._call(run_rounds, (self.decoder,), self.pair.params, state, *limits, donate=1)
+            state = self._rounds(state, rounds_per_chunk or slots, occupied if waiting else 1, pace)
             yield from self._report(state, rows, rounds_per_chunk is not None)
+
+    def _rounds(self, state: DecodeState, most: int, min_active: int, pace: Pace) -> DecodeState:
+        """So many rounds, or fewer once fewer than `min_active` sequences are unfinished, in dispatches that are short
+        enough for Ctrl-C. In between the host asks for nothing but who is done."""
+        while most > 0:
+            start, rounds = self.clock.now(), min(most, pace.rounds)
+            limits = put(self.pair.mesh, max_rounds=np.int32(rounds), min_active=np.int32(min_active))
+            state = self._call(run_rounds, (self.decoder,), self.pair.params, state, *limits, donate=1)
+            if np.sum(~fetch(state.done)) < min_active:
+                break  # perhaps after a few rounds, which say nothing about the pace
+            pace.took(rounds, self.clock.now() - start)
+            most -= rounds
+        return state
 
     def _call(self, function: Callable[..., Any], static: tuple, *args: Any, donate: int | None = None) -> Any:
         """Runs a compiled program, on one device or on all of the mesh."""
         if self.pair.mesh is None:
-            return self.pair.programs(function, static, *args, donate=donate)
-        return self.pair.programs(over_mesh, (self.pair.mesh, function, static), *args, donate=donate)
+            return self.pair.programs(self.clock, function, static, *args, donate=donate)
+        return self.pair.programs(self.clock, over_mesh, (self.pair.mesh, function, static), *args, donate=donate)
 
     def _refill(self, state: DecodeState, waiting: deque[Request], rows: list[Request | None]) -> DecodeState:
         """Reads waiting prompts into free rows, a few at a time on every group of devices.
@@ -287,9 +298,8 @@ class Run:
 
     def _read(self, state: DecodeState, started: dict[int, Request]) -> DecodeState:
         """Runs prompts through target and drafter and puts them into their rows."""
-        programs, groups = self.pair.programs, self.decoder.data_shards
+        groups, start = self.decoder.data_shards, self.clock.now()
         share = state.length.shape[0] // groups  # rows of a group
-        start, compiled_before = time.perf_counter(), programs.compile_seconds
         by_group = [[b for b in started if b // share == group] for group in range(groups)]
         size, chunk, width = self._room(started, share)  # padded with one-token prompts that are dropped
         tokens, count = np.zeros((groups * size, width), np.int32), np.ones((groups * size,), np.int32)
@@ -306,8 +316,7 @@ class Run:
         state = self._call(insert, (self.decoder,), state, prefix, rows, texts, counts, limits, keys, donate=0)
         jax.block_until_ready(state.length)
         for request in started.values():
-            request.started, request.compiled_before = start, compiled_before
-            request.prompt_seconds = (time.perf_counter() - start) - (programs.compile_seconds - compiled_before)
+            request.started, request.prompt_seconds = start, self.clock.now() - start
         return state
 
     def _report(self, state: DecodeState, rows: list[Request | None], with_text: bool) -> Iterator[StreamChunk]:
@@ -330,7 +339,6 @@ class Run:
             yield chunk
 
     def _result(self, request: Request, answer: list[int], accepted: list[int], sizes: list[int]) -> Generation:
-        compiled = self.pair.programs.compile_seconds
         reason, error = "length", None
         if answer[-1] == NO_TOKEN:
             answer = answer[:-1]
@@ -343,8 +351,8 @@ class Run:
         return Generation(
             text=self._decode(answer), token_ids=answer, accept_lengths=accepted, tree_sizes=sizes,
             rounds=len(accepted), finish_reason=reason,
-            seconds=time.perf_counter() - request.started - (compiled - request.compiled_before),
-            prompt_seconds=request.prompt_seconds, compile_seconds=compiled - self.compile_start, error=error)
+            seconds=self.clock.now() - request.started, prompt_seconds=request.prompt_seconds,
+            compile_seconds=self.clock.waited, error=error)
 
     def _decode(self, ids: list[int]) -> str | None:
         if self.pair.tokenizer is None:

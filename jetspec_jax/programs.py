@@ -1,9 +1,13 @@
-"""Compiled programs, kept by what they were compiled for, and how long compilation took."""
+"""Compiled programs, kept by what they were compiled for; what callers wait for them, and how long they may run."""
 
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from threading import Lock
 from typing import Any
 
 import jax
@@ -16,45 +20,115 @@ import jax
 GPU_OPTIONS = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,WHILE,CONDITIONAL",
                "xla_gpu_graph_min_graph_size": 1, "xla_gpu_dot_merger_threshold_mb": 0}
 
+# A program of the default pair takes 30 to 40 MB of a CPU's memory and seconds of compilation; a call of `generate`
+# needs five, and two to four more for other lengths of prompts and answers.
+MOST_PROGRAMS = 64
+
+DISPATCH_SECONDS = 0.5
+MOST_ROUNDS = 256  # of a dispatch
+ROUNDS_OF_PROCESSES = 16
+
 
 def compiler_options() -> dict[str, Any]:
     """What XLA must be told on this backend."""
     return GPU_OPTIONS if jax.default_backend() == "gpu" else {}
 
 
+class Clock:
+    """Tells a caller's time, but stands still while the caller waits for programs.
+
+    Attributes:
+        waited: seconds of waiting so far, for its own compilation or for another thread's.
+    """
+
+    def __init__(self) -> None:
+        self.waited = 0.0
+
+    def now(self) -> float:
+        """Seconds since some moment."""
+        return time.perf_counter() - self.waited
+
+
+class Pace:
+    """How many rounds a dispatch may take: about half a second of them.
+
+    Nothing ends a program that runs, so this is how long a device goes on with what nobody wants any more (Ctrl-C).
+
+    Attributes:
+        rounds: of the next dispatch. Where several processes must agree on it, none can go by its own clock.
+    """
+
+    def __init__(self) -> None:
+        self.rounds = 1 if jax.process_count() == 1 else ROUNDS_OF_PROCESSES
+
+    def took(self, rounds: int, seconds: float) -> None:
+        """Learns how long a dispatch took for all of its rounds."""
+        if jax.process_count() == 1:
+            self.rounds = max(1, min(MOST_ROUNDS, int(DISPATCH_SECONDS * rounds / seconds)))
+
+
+@dataclass
+class _Program:
+    """A place for a program; who holds `compiling` fills it."""
+
+    run: Callable[..., Any] | None = None
+    compiling: Lock = field(default_factory=Lock)
+
+
 class Programs:
-    """Compiles ahead of time, so that compilation is never counted as decoding.
+    """Compiles ahead of time, so that compilation is never counted as decoding; for any number of threads.
+
+    Each program is compiled once: others that want it wait for it, and try themselves should it fail. Of too many,
+    those go that were not used for longest.
 
     Args:
         options: what XLA must be told; None takes `compiler_options()`.
+        most: how many programs are kept.
 
     Attributes:
-        compile_seconds: wall-clock seconds spent compiling so far.
+        compile_seconds: wall-clock seconds spent compiling so far, those of all threads added up.
     """
 
-    def __init__(self, options: dict[str, Any] | None = None) -> None:
-        self._options = options
-        self._compiled: dict[Any, Callable[..., Any]] = {}
+    def __init__(self, options: dict[str, Any] | None = None, most: int = MOST_PROGRAMS) -> None:
+        self._options, self._most = options, most
+        self._lock = Lock()  # of what follows; never held for long
+        self._programs: OrderedDict[Any, _Program] = OrderedDict()
         self.compile_seconds = 0.0
 
     def clear(self) -> None:
         """Forgets all programs and frees their memory."""
-        self._compiled.clear()
+        with self._lock:
+            self._programs.clear()
 
-    def __call__(self, function: Callable[..., Any], static: tuple, *args: Any, donate: int | None = None) -> Any:
+    def __call__(self, clock: Clock, function: Callable[..., Any], static: tuple, *args: Any,
+                 donate: int | None = None) -> Any:
         """Runs `function(*static, *args)`, compiled.
 
         Args:
+            clock: of the caller.
             static: hashable leading arguments.
             donate: index into `args` whose buffers the result may take over.
         """
         leaves, structure = jax.tree.flatten(args)
         key = (function, static, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
-        if key not in self._compiled:
+        with self._lock:
+            program = self._programs.setdefault(key, _Program())
+            self._programs.move_to_end(key)
+            if len(self._programs) > self._most:
+                self._programs.popitem(last=False)
+        if program.run is None:
             start = time.perf_counter()
-            jitted = jax.jit(function, static_argnums=tuple(range(len(static))),
-                             donate_argnums=() if donate is None else (len(static) + donate,))
-            options = compiler_options() if self._options is None else self._options
-            self._compiled[key] = jitted.lower(*static, *args).compile(options)
+            with program.compiling:
+                if program.run is None:
+                    program.run = self._compile(function, static, args, donate)
+            clock.waited += time.perf_counter() - start
+        return program.run(*args)
+
+    def _compile(self, function: Callable[..., Any], static: tuple, args: tuple, donate: int | None) -> Any:
+        start = time.perf_counter()
+        # Of a function that lives on, JAX would keep what it traced and compiled, whoever lets go of it.
+        jitted = jax.jit(partial(function, *static), donate_argnums=() if donate is None else donate)
+        compiled = jitted.lower(*args).compile(compiler_options() if self._options is None else self._options)
+        with self._lock:
             self.compile_seconds += time.perf_counter() - start
-        return self._compiled[key](*args)
+        return compiled
