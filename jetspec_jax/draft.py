@@ -26,6 +26,14 @@ class Params:
     target: dict
     head: dict
 
+    def __repr__(self) -> str:
+        return f"Params(target: {count_parameters(self.target)}, head: {count_parameters(self.head)})"
+
+
+def count_parameters(params: dict) -> str:
+    """How many numbers they are, for a person; from their shapes alone."""
+    return f"{sum(getattr(leaf, 'size', 0) for leaf in jax.tree.leaves(params)):,} parameters"
+
 
 class Prompt(NamedTuple):
     """Prompts that are being read."""

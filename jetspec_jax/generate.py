@@ -23,8 +23,9 @@ from jetspec_jax.config import (
 )
 from jetspec_jax.decode import Decoder, DecodeState, create_state, insert, prefill, run_rounds
 from jetspec_jax.draft import Drafter, HeadDrafter, NoDrafter, plain_nodes
-from jetspec_jax.errors import JetSpecError
+from jetspec_jax.errors import JetSpecError, shown
 from jetspec_jax.lookup import LookupDrafter
+from jetspec_jax.memory import enough_memory
 from jetspec_jax.pair import Pair
 from jetspec_jax.programs import Clock, Pace
 from jetspec_jax.sampling import NO_TOKEN, Sampler, sequence_keys
@@ -148,8 +149,7 @@ def stream(pair: Pair, prompt: Prompt | Sequence[Prompt], *, max_new_tokens: int
     Raises:
         JetSpecError: as `generate`; the error of a single prompt's answer comes after its last chunk.
     """
-    if not is_integer(rounds_per_chunk) or rounds_per_chunk < 1:
-        raise JetSpecError(f"rounds_per_chunk must be an integer of at least 1, not {rounds_per_chunk!r}")
+    rounds_per_chunk = _at_least_one("rounds_per_chunk", rounds_per_chunk)
     single, prompts = _as_list(prompt)
     chunks = _run(pair, prompts, max_new_tokens, batch_size, tree, sampling, eos_token_ids, seed, rounds_per_chunk)
     return _with_errors(chunks, single)
@@ -194,24 +194,25 @@ def _run(pair: Pair, prompts: list[Prompt], max_new_tokens: int, batch_size: int
     """Checks the arguments now, decodes when iterated."""
     groups, shards = shards_of(pair.mesh)
     share = pair.share()
+    max_new_tokens = _at_least_one("max_new_tokens", max_new_tokens)
     requests = read_requests(pair, prompts, max_new_tokens)
     vocab = pair.target_config.vocab_size
     eos = pair.target_config.eos_token_ids
     if eos_token_ids is not None:
-        if not isinstance(eos_token_ids, Sequence) or not all(is_integer(i) and 0 <= i < vocab for i in eos_token_ids):
+        ids = _token_ids(eos_token_ids)
+        if ids is None or not all(0 <= i < vocab for i in ids):
             raise JetSpecError(f"eos_token_ids must be a list of token ids from 0 to {vocab - 1}, not "
-                               f"{eos_token_ids!r}")
-        eos = tuple(int(i) for i in eos_token_ids)
+                               f"{shown(eos_token_ids)}")
+        eos = tuple(ids)
     if not isinstance(sampling, SamplingParams):
-        raise JetSpecError(f"sampling must be a SamplingParams, not {sampling!r}")
-    if batch_size is not None and (not is_integer(batch_size) or batch_size < 1):
-        raise JetSpecError(f"batch_size must be an integer of at least 1, or None, not {batch_size!r}")
+        raise JetSpecError(f"sampling must be a SamplingParams, not {shown(sampling)}")
     if not is_integer(seed) or not 0 <= seed < 2**32:
-        raise JetSpecError(f"seed must be an integer from 0 to 2**32 - 1, not {seed!r}")
-    if batch_size is not None and batch_size % groups:
-        raise JetSpecError(f"batch_size {batch_size} is not a multiple of the mesh's {groups} groups of devices: "
-                           "choose one that is")
-    rows = min(batch_size or DEFAULT_BATCH * groups, len(requests))
+        raise JetSpecError(f"seed must be an integer from 0 to 2**32 - 1, not {shown(seed)}")
+    batch_size = DEFAULT_BATCH * groups if batch_size is None else _at_least_one("batch_size", batch_size)
+    if batch_size % groups:
+        raise JetSpecError(f"batch_size {shown(batch_size)} is not a multiple of the mesh's {groups} groups of "
+                           "devices: choose one that is")
+    rows = min(batch_size, len(requests))
     rows = -(-rows // groups) * groups
     decoder = Decoder(share.target_config, drafter_of(share, tree, rows // groups), groups)
     run = Run(pair, decoder, Sampler.create(sampling, shards), eos, seed, max_new_tokens)
@@ -235,17 +236,16 @@ class Run:
         slots = bucket(max(r.limit for r in requests) + self.decoder.drafter.max_path, 256)
         eos = np.full((-(-max(len(self.eos), 1) // 4) * 4,), -1, np.int32)  # few sizes, few compilations
         eos[:len(self.eos)] = self.eos
-        groups = self.decoder.data_shards
-        state = self._call(create_state, (self.decoder, batch // groups, slots), self.sampler,
-                           *put(self.pair.mesh, eos=eos))
-        waiting, rows = deque(requests), [None] * batch  # type: deque[Request], list[Request | None]
-        pace = Pace()
-        while waiting or any(rows):
-            state = self._refill(state, waiting, rows)
-            occupied = sum(request is not None for request in rows)
-            # With prompts waiting, stop at the first row that can be refilled; else finish them all.
-            state = self._rounds(state, rounds_per_chunk or slots, occupied if waiting else 1, pace)
-            yield from self._report(state, rows, rounds_per_chunk is not None)
+        share, pace = batch // self.decoder.data_shards, Pace()
+        with enough_memory(self.decoder, share, slots, self.pair.mesh):
+            state = self._call(create_state, (self.decoder, share, slots), self.sampler, *put(self.pair.mesh, eos=eos))
+            waiting, rows = deque(requests), [None] * batch  # type: deque[Request], list[Request | None]
+            while waiting or any(rows):
+                state = self._refill(state, waiting, rows)
+                occupied = sum(request is not None for request in rows)
+                # With prompts waiting, stop at the first row that can be refilled; else finish them all.
+                state = self._rounds(state, rounds_per_chunk or slots, occupied if waiting else 1, pace)
+                yield from self._report(state, rows, rounds_per_chunk is not None)
 
     def _rounds(self, state: DecodeState, most: int, min_active: int, pace: Pace) -> DecodeState:
         """So many rounds, or fewer once fewer than `min_active` sequences are unfinished, in dispatches that are short
@@ -390,7 +390,7 @@ def drafter_of(pair: Pair, tree: Draft | None, rows: int = 1) -> Drafter:
         return LookupDrafter(tree)
     if not isinstance(tree, TreeConfig):
         raise JetSpecError('tree must be a TreeConfig, a PromptLookup, "auto", or None for plain decoding, not '
-                           f"{tree!r}")
+                           f"{shown(tree)}")
     if pair.head_config is None:
         raise JetSpecError("this pair has no draft head: load one (load_pretrained(target, head=...), decode.py: "
                            "--head), or decode without: tree=PromptLookup() or None (decode.py: --draft)")
@@ -404,12 +404,12 @@ def _as_list(prompt: Prompt | Sequence[Prompt]) -> tuple[bool, list[Prompt]]:
     """(whether it was a single prompt, the prompts)."""
     if isinstance(prompt, str):
         return True, [prompt]
-    if isinstance(prompt, bytes | bytearray):
+    if isinstance(prompt, bytes | bytearray | memoryview):
         raise JetSpecError("prompt is bytes: decode it to text first")
     if isinstance(prompt, np.ndarray | jax.Array):
         prompt = np.asarray(prompt).tolist()
     if not isinstance(prompt, Sequence):
-        raise JetSpecError(f"prompt must be text, a list of token ids, or a list of either, not {prompt!r}")
+        raise JetSpecError(f"prompt must be text, a list of token ids, or a list of either, not {shown(prompt)}")
     items = list(prompt)
     if items and all(is_integer(item) for item in items):
         return True, [items]  # type: ignore[list-item]
@@ -418,8 +418,6 @@ def _as_list(prompt: Prompt | Sequence[Prompt]) -> tuple[bool, list[Prompt]]:
 
 def read_requests(pair: Pair, prompts: list[Prompt], max_new_tokens: int) -> list[Request]:
     """Encodes and checks all prompts before anything runs."""
-    if not is_integer(max_new_tokens) or max_new_tokens < 1:
-        raise JetSpecError(f"max_new_tokens must be an integer of at least 1, not {max_new_tokens!r}")
     limit = pair.target_config.max_positions
     requests = []
     for index, prompt in enumerate(prompts):
@@ -434,15 +432,28 @@ def read_requests(pair: Pair, prompts: list[Prompt], max_new_tokens: int) -> lis
 def _encode(pair: Pair, prompt: Prompt, index: int) -> list[int]:
     if isinstance(prompt, str):
         ids = pair.encode(prompt)
+    elif (found := _token_ids(prompt)) is None:
+        raise JetSpecError(f"prompt {index} is neither text nor a list of token ids: {shown(prompt)}")
     else:
-        items = prompt.tolist() if isinstance(prompt, np.ndarray | jax.Array) else prompt
-        if not isinstance(items, list | tuple | range) or not all(is_integer(i) for i in items):
-            raise JetSpecError(f"prompt {index} is neither text nor a list of token ids: {prompt!r}")
-        ids = [int(i) for i in items]
+        ids = found
     if not ids:
         raise JetSpecError(f"prompt {index} is empty: there is nothing to continue")
     wrong = [i for i in ids if not 0 <= i < pair.target_config.vocab_size]
     if wrong:
-        raise JetSpecError(f"prompt {index} holds token id {wrong[0]}, outside the vocabulary of "
+        raise JetSpecError(f"prompt {index} holds token id {shown(wrong[0])}, outside the vocabulary of "
                            f"{pair.target_config.vocab_size}")
     return ids
+
+
+def _token_ids(value: Any) -> list[int] | None:
+    """A list, or an array with one axis, of integers; None of anything else."""
+    items = value.tolist() if isinstance(value, np.ndarray | jax.Array) else value
+    if not isinstance(items, list | tuple | range) or not all(is_integer(i) for i in items):
+        return None
+    return [int(i) for i in items]
+
+
+def _at_least_one(name: str, value: int) -> int:
+    if not is_integer(value) or value < 1:
+        raise JetSpecError(f"{name} must be an integer of at least 1, not {shown(value)}")
+    return int(value)

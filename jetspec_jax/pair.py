@@ -9,8 +9,8 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jetspec_jax.checkpoint import first_line
-from jetspec_jax.config import DrafterConfig, TargetConfig
-from jetspec_jax.draft import Params
+from jetspec_jax.config import DrafterConfig, TargetConfig, TransformerConfig
+from jetspec_jax.draft import Params, count_parameters
 from jetspec_jax.errors import JetSpecError
 from jetspec_jax.programs import Programs
 from jetspec_jax.sharding import shards_of
@@ -40,6 +40,16 @@ class Pair:
     tokenizer: Any = None
     programs: Programs = field(default_factory=Programs)
     mesh: Mesh | None = None
+
+    def __repr__(self) -> str:
+        def told(config: TransformerConfig, params: dict) -> str:
+            layers = "1 layer" if config.num_layers == 1 else f"{config.num_layers} layers"
+            return f"{layers} of {config.hidden_size}, {count_parameters(params)}, {config.dtype}"
+
+        head = "none" if self.head_config is None else told(self.head_config, self.params.head)
+        mesh = "" if self.mesh is None else f"; mesh: {' x '.join(map(str, self.mesh.devices.shape))} devices"
+        return (f"Pair(target: {told(self.target_config, self.params.target)}; head: {head}; "
+                f"tokenizer: {'no' if self.tokenizer is None else 'yes'}{mesh})")
 
     def share(self) -> Pair:
         """The pair with the shapes of what one device of the mesh holds.

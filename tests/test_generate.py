@@ -13,9 +13,11 @@ from jetspec_jax.decode import Decoder, create_state, decode_round, insert, pref
 from jetspec_jax.draft import HeadDrafter, NoDrafter
 from jetspec_jax.generate import Request, Run, bucket, generate, stream
 from jetspec_jax.sampling import Sampler
+from jetspec_jax.sharding import make_mesh
 from tests.models import random_pair, tiny_target
 
 TREE = TreeConfig(width=3, budget=20)
+HUGE = 10**5000  # more digits than Python writes
 
 
 class SpellingTokenizer:
@@ -206,16 +208,60 @@ def test_a_second_call_compiles_nothing(pair, prompts):
     ({"eos_token_ids": 2}, "eos_token_ids"),
     ({"prompt": None}, "prompt must be"), ({"prompt": 5}, "prompt must be"), ({"tree": "chain"}, "TreeConfig"),
     ({"sampling": None}, "SamplingParams"), ({"seed": -1}, "seed"),
-    ({"seed": 2**32}, "seed")])
+    ({"seed": 2**32}, "seed"), ({"seed": HUGE}, "seed"), ({"prompt": [[1], [HUGE]]}, "prompt 1 holds token id"),
+    ({"max_new_tokens": -HUGE}, "max_new_tokens"), ({"batch_size": -HUGE}, "batch_size"),
+    ({"eos_token_ids": [HUGE]}, "eos_token_ids"), ({"tree": [HUGE]}, "TreeConfig"),
+    ({"eos_token_ids": np.array(2)}, "eos_token_ids"), ({"eos_token_ids": np.array([2.0])}, "eos_token_ids"),
+    ({"eos_token_ids": np.array([[2]])}, "eos_token_ids"), ({"eos_token_ids": np.array([True])}, "eos_token_ids"),
+    ({"eos_token_ids": ""}, "eos_token_ids"), ({"prompt": {1, 2}}, "prompt must be"),
+    ({"prompt": (i for i in [1])}, "prompt must be"), ({"prompt": np.array(1)}, "prompt must be"),
+    ({"prompt": memoryview(b"Hello")}, "bytes"), ({"prompt": [[1], {1: 2}]}, "prompt 1 is neither"),
+    ({"prompt": [[1], np.ones((30, 30), int)]}, "prompt 1 is neither"),
+    ({"prompt": np.array([True, False])}, "prompt 0 is neither"),
+    ({"prompt": [[1], np.array([2.0])]}, "prompt 1 is neither"), ({"prompt": [[1], [2, "b"]]}, "prompt 1 is neither"),
+    ({"prompt": [[1], [[2]]]}, "prompt 1 is neither"), ({"prompt": [[1], [2.5] * 1000]}, "prompt 1 is neither")])
 def test_bad_arguments_are_named(pair, arguments, message):
     arguments = {"prompt": [1, 2], "max_new_tokens": 4, **arguments}
     if message is None:
         assert generate(pair, **arguments) == []
         return
-    with pytest.raises(JetSpecError, match=message):
+    with pytest.raises(JetSpecError, match=message) as error:
         generate(pair, **arguments)
+    assert len(str(error.value)) < 250 and "\n" not in str(error.value)
     with pytest.raises(JetSpecError, match=message):
         stream(pair, **arguments)  # at once, not when iterated
+
+
+def test_integers_of_any_size_and_kind_are_taken(pair):
+    """A context of 50 tokens leaves 40 to a prompt of ten; an int8 ends at 127, and 100 + 60 do not."""
+    options, few = {"tree": None, "eos_token_ids": ()}, random_pair(0, tiny_target(max_positions=50))
+    assert len(generate(few, [1] * 10, max_new_tokens=HUGE, batch_size=HUGE, **options).token_ids) == 40
+    assert len(generate(pair, [1] * 100, max_new_tokens=np.int8(60), batch_size=np.int8(3), **options).token_ids) == 60
+    (chunk,) = stream(few, [1] * 10, rounds_per_chunk=HUGE, **options)
+    assert (len(chunk.token_ids), len(chunk.accept_lengths)) == (40, 39)  # the first comes from the prompt
+
+
+@pytest.mark.parametrize("kind", [tuple, np.array, jnp.array, lambda ids: np.array(ids, np.uint8)])
+def test_end_tokens_as_lists_and_arrays(pair, kind):
+    answer = generate(pair, [1, 2], max_new_tokens=20, tree=None, eos_token_ids=()).token_ids
+    end = answer[7]
+    found = generate(pair, [1, 2], max_new_tokens=20, tree=None, eos_token_ids=kind([end]))
+    assert (found.token_ids, found.finish_reason) == (answer[:answer.index(end) + 1], "stop")
+
+
+def test_a_pair_is_told_in_one_line():
+    """From shapes alone: the buffers may be gone."""
+    pair = random_pair(0)
+    layer = 2 * 8 + 32 * 16 + 16 * 64 + 2 * 16 + 24 * 16 + 16 * 48  # norms of heads, o, qkv, norms, down, gate and up
+    target = 2 * layer + 2 * 23 * 16 + 16
+    head = 2 * 8 + 16 * 16 + 16 * 32 + 2 * 16 + 20 * 16 + 16 * 40 + 32 * 16 + 2 * 16  # its layer, fc, two norms
+    for leaf in jax.tree.leaves(pair.params):
+        leaf.delete()
+    told = f"target: 2 layers of 16, {target:,} parameters, float64"
+    assert repr(pair) == f"Pair({told}; head: 1 layer of 16, {head:,} parameters, float64; tokenizer: no)"
+    assert repr(pair.params) == f"Params(target: {target:,} parameters, head: {head:,} parameters)"
+    other = dataclasses.replace(pair, head_config=None, tokenizer=SpellingTokenizer(), mesh=make_mesh(4, 2))
+    assert repr(other) == f"Pair({told}; head: none; tokenizer: yes; mesh: 2 x 4 devices)"
 
 
 def test_a_target_without_head_decodes_plainly(pair):
