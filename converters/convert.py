@@ -23,6 +23,7 @@ from converters.tokenizer import MORE_TEMPLATES, load_tokenizer, save_tokenizer
 from jetspec_jax import checkpoint
 from jetspec_jax.config import HeadConfig, TargetConfig
 from jetspec_jax.errors import JetSpecError, shown
+from jetspec_jax.files import local_path
 from jetspec_jax.sharding import place, shards_of
 
 HUB_FILES = ("*.json", "*.safetensors", "merges.txt", "chat_template.jinja", f"{MORE_TEMPLATES}/*.jinja",
@@ -77,8 +78,8 @@ def convert_target(source: Path, out: Path, dtype: str | None = None, progress: 
                    label: str | None = None) -> None:
     """Converts a target, with its tokenizer and chat template, into a checkpoint at `out`."""
     with checkpoint.written_beside(out) as folder:
+        load_tokenizer(source)  # else nobody would know until it is needed
         save_tokenizer(source, folder / checkpoint.TOKENIZER)
-        load_tokenizer(folder / checkpoint.TOKENIZER)  # else nobody would know until it is needed
         config, params = read_target(source, dtype, progress)
         checkpoint.save(folder, config, params, label or str(source))
 
@@ -116,20 +117,20 @@ def resolve_source(source: str) -> Path:
     """A local path, or the local copy of a hub id, which is downloaded with huggingface_hub's progress bar.
 
     Raises:
-        JetSpecError: neither exists, or the hub cannot be reached.
+        JetSpecError: neither exists, the path may not be searched, or the hub cannot be reached.
     """
-    path = Path(source).expanduser()
-    if path.exists():
+    path = local_path(source)
+    if path is not None:
         return path
     if not looks_like_hub_id(source):
-        raise JetSpecError(f"{source} does not exist, and is no hub id of the form owner/name")
+        raise JetSpecError(f"{source[:200]} does not exist, and is no hub id of the form owner/name")
     import huggingface_hub
 
     try:
         return Path(huggingface_hub.snapshot_download(source, allow_patterns=list(HUB_FILES)))
     except Exception as error:  # network, permission and name errors come in many types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise JetSpecError(f"{source} is no local path and cannot be fetched from the Hugging Face hub "
+        raise JetSpecError(f"{source[:200]} is no local path and cannot be fetched from the Hugging Face hub "
                            f"({type(error).__name__}: {reason[:200]})") from error
 
 

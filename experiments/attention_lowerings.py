@@ -7,7 +7,6 @@ Needs no GPU, but the extra `plan`. Registers and spills are what `ptxas -v` say
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -27,6 +26,7 @@ from experiments.common import run_main
 from experiments.h100.compile import described_gpu, on_h100, require_plugin
 from experiments.h100.kernels import assemble
 from jetspec_jax import JetSpecError
+from jetspec_jax.arguments import Parser, integer
 from jetspec_jax.config import KernelBackend
 from jetspec_jax.kernels import tree_attention
 from jetspec_jax.presets import PRESETS
@@ -37,8 +37,8 @@ SLOTS = 4352
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--queries", type=int, nargs="+", default=[1, 64, 256], help="default %(default)s")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--queries", type=integer, nargs="+", default=[1, 64, 256], help="default %(default)s")
     parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
     args = parser.parse_args()
     if min(args.queries) < 1:

@@ -34,6 +34,7 @@ from experiments.peers import PEERS, Peer, PeerAnswer
 from experiments.phases import ready_state, shares
 from experiments.plots import Line, Panel, save_plot
 from jetspec_jax import JetSpecError, Pair, PromptLookup, SamplingParams, TreeConfig, with_head
+from jetspec_jax.arguments import Parser, integer, number, user_path
 from jetspec_jax.config import MAX_TREE_BUDGET, Builder, HeadConfig
 from jetspec_jax.decode import Decoder
 from jetspec_jax.generate import Draft, Generation, drafter_of, generate
@@ -228,7 +229,7 @@ def plot_scaling(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add_pair_arguments(parser)
     parser.add_argument("--suite", action="append", required=True, metavar="NAME|FILE.jsonl",
                         help=f'{", ".join(SUITES)}, or a file of lines {{"prompt": ...}}; repeatable')
@@ -239,20 +240,20 @@ def build_parser() -> argparse.ArgumentParser:
     add_tree_width(parser)
     parser.add_argument("--bidirectional-head", metavar="PATH", help="for dflash and ddtree")
     parser.add_argument("--autoregressive-head", metavar="PATH", help="for eagle3")
-    parser.add_argument("--lookup-ngram", type=int, default=3, help="default %(default)s")
-    parser.add_argument("--lookup-length", type=int, default=7, help="default %(default)s")
-    parser.add_argument("--temperature", type=float, default=0.0, help="default greedy")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--repeats", type=int, default=5, help="timings per phase (default %(default)s)")
+    parser.add_argument("--lookup-ngram", type=integer, default=3, help="default %(default)s")
+    parser.add_argument("--lookup-length", type=integer, default=7, help="default %(default)s")
+    parser.add_argument("--temperature", type=number, default=0.0, help="default greedy")
+    parser.add_argument("--seed", type=integer, default=0)
+    parser.add_argument("--repeats", type=integer, default=5, help="timings per phase (default %(default)s)")
     return parser
 
 
 def add_sample_arguments(parser: argparse.ArgumentParser, limit: int, plot: str) -> None:
     """How much of every suite is decoded with which budgets, and where the results go."""
     parser.add_argument("--budgets", default="16,32,64,128,256", metavar="N,N,...", help="default %(default)s")
-    parser.add_argument("--limit", type=int, default=limit, help="prompts of each suite (default %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="default %(default)s")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"results.json, results.md and {plot}")
+    parser.add_argument("--limit", type=integer, default=limit, help="prompts of each suite (default %(default)s)")
+    parser.add_argument("--max-new-tokens", type=integer, default=128, help="default %(default)s")
+    parser.add_argument("--out", type=user_path, metavar="FOLDER", help=f"results.json, results.md and {plot}")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
 
 

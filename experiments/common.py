@@ -20,8 +20,9 @@ from jax.sharding import Mesh
 
 from converters.convert import looks_like_hub_id
 from jetspec_jax import PRESETS, JetSpecError, Pair, SamplingParams, TreeConfig, load_pretrained
+from jetspec_jax.arguments import integer, number, one_line
 from jetspec_jax.config import FLOAT_DTYPES, MAX_TREE_BUDGET, MAX_TREE_WIDTH, TREE_WIDTHS, Builder
-from jetspec_jax.files import locked
+from jetspec_jax.files import local_path, locked
 from jetspec_jax.generate import CPU_TREE, DEFAULT_TREE, default_tree
 from jetspec_jax.pretrained import cache_folder
 from jetspec_jax.sharding import connect, make_mesh
@@ -49,27 +50,28 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tree-builder", choices=get_args(Builder),
                         help=f"default {DEFAULT_TREE.builder}; {CPU_TREE.builder} for large models on a CPU")
     add_tree_width(parser)
-    parser.add_argument("--budget", type=int,
+    parser.add_argument("--budget", type=integer,
                         help=f"nodes of a tree, the root included, 1 to {MAX_TREE_BUDGET} (default "
                              f"{DEFAULT_TREE.budget}; {CPU_TREE.budget} for large models on a CPU)")
     add_sampling(parser)
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--top-k", type=int, help="keep the k most likely tokens")
-    parser.add_argument("--top-p", type=float, help="keep the most likely tokens up to this probability")
+    parser.add_argument("--temperature", type=number, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-k", type=integer, help="keep the k most likely tokens")
+    parser.add_argument("--top-p", type=number, help="keep the most likely tokens up to this probability")
 
 
 def add_mesh_arguments(parser: argparse.ArgumentParser) -> None:
     """How many devices decode together, of how many processes."""
     mesh = parser.add_argument_group("several devices (see jetspec_jax.sharding)")
-    mesh.add_argument("--tensor-parallel", type=int, metavar="N", help="devices that share every layer (default: one)")
+    mesh.add_argument("--tensor-parallel", type=integer, metavar="N",
+                      help="devices that share every layer (default: one)")
     mesh.add_argument("--coordinator", metavar="HOST:PORT|auto",
                       help="of the first of several processes, each started with the same command; auto asks the "
                            "cluster's environment (Slurm, Open MPI, Kubernetes)")
-    mesh.add_argument("--processes", type=int, metavar="N", help="how many (with --coordinator HOST:PORT)")
-    mesh.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0; the first one prints")
+    mesh.add_argument("--processes", type=integer, metavar="N", help="how many (with --coordinator HOST:PORT)")
+    mesh.add_argument("--process-id", type=integer, metavar="I", help="which one this is, from 0; the first one prints")
 
 
 def mesh_from(args: argparse.Namespace) -> Mesh | None:
@@ -90,7 +92,7 @@ def mesh_from(args: argparse.Namespace) -> Mesh | None:
 
 def add_tree_width(parser: argparse.ArgumentParser) -> None:
     defaults = ", ".join(f"{width} for {builder}" for builder, width in TREE_WIDTHS.items())
-    parser.add_argument("--tree-width", type=int, metavar="W",
+    parser.add_argument("--tree-width", type=integer, metavar="W",
                         help=f"children per node, 1 to {MAX_TREE_WIDTH} (default {defaults})")
 
 
@@ -131,7 +133,7 @@ def require_head(args: argparse.Namespace) -> None:
     Raises:
         JetSpecError: it has none.
     """
-    local = Path(args.model).exists()
+    local = local_path(args.model) is not None
     preset = None if local else PRESETS.get(args.model)
     known = local or preset is not None or looks_like_hub_id(args.model)
     if known and args.head is None and (preset is None or not preset.head_source):
@@ -159,7 +161,8 @@ def check_output(folder: Path | None) -> None:
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, "no permission to write into it")
     except OSError as error:
-        raise JetSpecError(f"{folder} cannot be a folder for results: {error.strerror}; name another") from error
+        raise JetSpecError(f"{str(folder)[:200]} cannot be a folder for results: {error.strerror}; name "
+                           "another") from error
 
 
 def claim_output(folder: Path | None) -> None:
@@ -198,7 +201,7 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
     except JetSpecError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # the reader of our output has gone (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -206,7 +209,7 @@ def run_main(main: Callable[[], None]) -> None:
     except OSError as error:  # no space, no permission, a folder where a file is wanted
         if error.filename is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"error: {one_line(error.filename)[:200]}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

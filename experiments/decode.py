@@ -24,7 +24,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from experiments.common import (
@@ -38,8 +37,10 @@ from experiments.common import (
     tree_from,
 )
 from jetspec_jax import JetSpecError, Pair, PromptLookup, SamplingParams
+from jetspec_jax.arguments import Parser, integer, user_path, utf8
 from jetspec_jax.generate import Draft, Generation, StreamChunk, default_tree, stream
 from jetspec_jax.pair import check_switches
+from jetspec_jax.suites import read_prompt_text, read_prompts_jsonl
 
 PROMPTS = ("Explain in a few sentences why the sky is blue.",
            "A train travels 60 miles in 1.5 hours. What is its average speed? Think step by step.",
@@ -107,9 +108,14 @@ def draft_from(args: argparse.Namespace, pair: Pair) -> tuple[str, Draft | None]
 def as_prompt(pair: Pair, message: str, args: argparse.Namespace) -> str | list[int]:
     """What the model reads: the message in its chat template, or as it is; token ids where there is no tokenizer."""
     if pair.tokenizer is None:
-        if not message.strip() or not all(word.isdecimal() for word in message.split()):
+        try:
+            ids = [integer(word) for word in message.split()]
+        except argparse.ArgumentTypeError as error:
+            raise JetSpecError(f"this target has no tokenizer, so each prompt must be token ids, like --prompt "
+                               f"'12 7 300': {error}") from error
+        if not ids:
             raise JetSpecError("this target has no tokenizer: give each prompt as token ids, like --prompt '12 7 300'")
-        return [int(word) for word in message.split()]
+        return ids
     return message if args.no_chat_template else pair.chat(message, args.system, **read_switches(args.chat_option))
 
 
@@ -285,34 +291,29 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         return [args.prompt]
     if args.prompt_file is None:
         return list(PROMPTS)
-    try:
-        lines = [line for line in args.prompt_file.read_text(encoding="utf-8").split("\n") if line.strip()]
-        prompts = [json.loads(line)["prompt"] for line in lines] if args.prompt_file.suffix == ".jsonl" else lines
-    except OSError as error:
-        raise JetSpecError(f"cannot read --prompt-file {args.prompt_file}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise JetSpecError(f"--prompt-file {args.prompt_file} is not UTF-8 text") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise JetSpecError(f'--prompt-file {args.prompt_file}: every line must be {{"prompt": "..."}}') from error
-    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise JetSpecError(f"--prompt-file {args.prompt_file} holds no prompts, or one that is no text")
+    if args.prompt_file.suffix == ".jsonl":
+        return read_prompts_jsonl(args.prompt_file)
+    prompts = [line for line in read_prompt_text(args.prompt_file).split("\n") if line.strip()]
+    if not prompts:
+        raise JetSpecError(f"--prompt-file {args.prompt_file} holds no prompts")
     return prompts
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add_model_arguments(parser)
     add_mesh_arguments(parser)
     parser.add_argument("--draft", choices=("head", "lookup", "none"), default="head",
                         help="trees of the head (default), what followed the last words in the text so far, or plain "
                              "decoding; the last two need no head")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--prompt", metavar="TEXT", help="default: a few prompts of our own")
-    what.add_argument("--prompt-file", metavar="F", type=Path, help='one prompt a line, or .jsonl with {"prompt": ...}')
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="of each answer (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise at a temperature above 0")
-    parser.add_argument("--system", metavar="TEXT", help="system message for the chat template")
-    parser.add_argument("--chat-option", action="append", default=[], metavar="NAME=VALUE",
+    what.add_argument("--prompt", metavar="TEXT", type=utf8, help="default: a few prompts of our own")
+    what.add_argument("--prompt-file", metavar="F", type=user_path,
+                      help='one prompt a line, or .jsonl with {"prompt": ...}')
+    parser.add_argument("--max-new-tokens", type=integer, default=128, help="of each answer (default %(default)s)")
+    parser.add_argument("--seed", type=integer, default=0, help="of the noise at a temperature above 0")
+    parser.add_argument("--system", metavar="TEXT", type=utf8, help="system message for the chat template")
+    parser.add_argument("--chat-option", action="append", default=[], metavar="NAME=VALUE", type=utf8,
                         help="what the chat template reads besides, like enable_thinking=false or chat_template=rag; "
                              "the value is JSON, or text; repeatable")
     parser.add_argument("--no-chat-template", action="store_true", help="continue the prompt as it is")

@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import json
 import time
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -27,6 +26,7 @@ from experiments.common import (
     sampling_from,
 )
 from jetspec_jax import JetSpecError, Pair
+from jetspec_jax.arguments import Parser, integer, user_path
 from jetspec_jax.config import FLOAT_DTYPES
 from jetspec_jax.presets import PRESETS, default_target_layer_ids
 from jetspec_jax.pretrained import cache_folder
@@ -122,8 +122,8 @@ def parse_mixture(entries: list[str]) -> dict[str, int]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="dataset; resumed if it exists")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--out", type=user_path, required=True, metavar="FOLDER", help="dataset; resumed if it exists")
     parser.add_argument("--source", action="append", required=True, metavar="NAME=COUNT",
                         help=f"how many prompts of {', '.join(SOURCES)}, or of a JSONL file; repeatable")
     add_target_arguments(parser)
@@ -132,11 +132,11 @@ def build_parser() -> argparse.ArgumentParser:
     add_sampling(parser)
     parser.add_argument("--product-dtype", choices=FLOAT_DTYPES, help="round the operands of products to this dtype "
                         "(bfloat16 is faster on CPUs that have units for it)")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="default %(default)s")
-    parser.add_argument("--max-prompt-tokens", type=int, default=160, help="longer prompts are skipped (default "
+    parser.add_argument("--max-new-tokens", type=integer, default=256, help="default %(default)s")
+    parser.add_argument("--max-prompt-tokens", type=integer, default=160, help="longer prompts are skipped (default "
                         "%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, help="default %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of prompts and sampling (default %(default)s)")
+    parser.add_argument("--batch-size", type=integer, default=64, help="default %(default)s")
+    parser.add_argument("--seed", type=integer, default=0, help="of prompts and sampling (default %(default)s)")
     parser.add_argument("--foreign", action="store_true", help="keep the answers that another model gave in the "
                         "conversations (to compare with)")
     parser.add_argument("--no-states", action="store_true", help="tokens only; training then runs the target")

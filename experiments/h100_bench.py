@@ -27,6 +27,7 @@ from experiments.common import claim_output, run_main, write_text
 from experiments.h100_steps.ledger import ALONE, LIMITS, LOOPS, Ledger
 from experiments.h100_steps.report import as_markdown
 from jetspec_jax import JetSpecError
+from jetspec_jax.arguments import Parser, number, user_path
 
 ROOT = Path(__file__).resolve().parents[1]
 DAY = 1440
@@ -136,15 +137,16 @@ def require_gpu() -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="JSON per step, log.txt, results.md")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--out", type=user_path, required=True, metavar="FOLDER",
+                        help="JSON per step, log.txt, results.md")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--all", action="store_true", help="every step, in order")
     which.add_argument("--steps", nargs="+", choices=LIMITS, default=[], metavar="STEP", help=", ".join(LIMITS))
-    parser.add_argument("--weights", type=Path, metavar="FOLDER",
+    parser.add_argument("--weights", type=user_path, metavar="FOLDER",
                         help="target of the step `pair`, where it cannot be fetched: its converted folder, or one with "
                              "the GGUF file")
-    parser.add_argument("--minutes", type=float, help="after which all ends (default 9; 60 with --tiny)")
+    parser.add_argument("--minutes", type=number, help="after which all ends (default 9; 60 with --tiny)")
     parser.add_argument("--host-loop", action="store_true", help="the loop of rounds outside the CUDA graph")
     parser.add_argument("--tiny", action="store_true", help="a tiny model with interpreted kernels, on any machine")
     return parser

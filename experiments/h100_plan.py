@@ -13,9 +13,7 @@ explains how. With --json the last line is one JSON object.
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
 from typing import get_args
 
 from experiments.common import run_main
@@ -26,26 +24,28 @@ from experiments.h100.predict import predict
 from experiments.h100.report import describe
 from experiments.h100.sweep import sweep
 from jetspec_jax import JetSpecError, SamplingParams, TreeConfig
+from jetspec_jax.arguments import Parser, integer, number, user_path
 from jetspec_jax.config import Builder
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", default="qwen3-8b", metavar="NAME", help="preset (default %(default)s)")
-    parser.add_argument("--budget", type=int, default=256, help="nodes of a tree (default %(default)s)")
+    parser.add_argument("--budget", type=integer, default=256, help="nodes of a tree (default %(default)s)")
     parser.add_argument("--tree-builder", choices=get_args(Builder), default="accum_logp", help="default %(default)s")
-    parser.add_argument("--context", type=int, default=4096, help="committed tokens (default %(default)s)")
-    parser.add_argument("--batch", type=int, default=1, help="sequences (default %(default)s)")
-    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N",
+    parser.add_argument("--context", type=integer, default=4096, help="committed tokens (default %(default)s)")
+    parser.add_argument("--batch", type=integer, default=1, help="sequences (default %(default)s)")
+    parser.add_argument("--tensor-parallel", type=integer, default=1, metavar="N",
                         help="GPUs that share every layer (default %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="above 0: the sampled round beside the greedy")
-    parser.add_argument("--accepted", type=float, default=ACCEPTED, metavar="TOKENS",
+    parser.add_argument("--temperature", type=number, default=0.0, help="above 0: the sampled round beside the greedy")
+    parser.add_argument("--accepted", type=number, default=ACCEPTED, metavar="TOKENS",
                         help="tokens that a round adds (default %(default)s, arXiv 2606.18394)")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    parser.add_argument("--sweep", type=Path, metavar="FOLDER", help="write the table and the plot of docs/h100.md")
-    parser.add_argument("--sweep-large", type=Path, metavar="FOLDER",
+    parser.add_argument("--sweep", type=user_path, metavar="FOLDER",
+                        help="write the table and the plot of docs/h100.md")
+    parser.add_argument("--sweep-large", type=user_path, metavar="FOLDER",
                         help="write the table of models over several GPUs, and with experts, of docs/h100.md")
-    parser.add_argument("--predict", type=Path, metavar="FILE",
+    parser.add_argument("--predict", type=user_path, metavar="FILE",
                         help="write what a run on a card is put beside; experiments/h100/predicted.json goes into "
                              "docs/h100.md, too")
     args = parser.parse_args()

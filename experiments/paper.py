@@ -39,6 +39,7 @@ from tqdm import tqdm
 from experiments.common import add_compile_cache, claim_output, run_main, write_text
 from experiments.plots import Line, Panel, save_plot
 from jetspec_jax import HeadConfig, JetSpecError, Pair, TreeConfig, load_pretrained, with_head
+from jetspec_jax.arguments import Parser, integer, number, user_path
 from jetspec_jax.attention import causal_bits, pack_bits
 from jetspec_jax.cache import KVCache
 from jetspec_jax.config import TargetConfig
@@ -297,25 +298,27 @@ ON_DATA = {"gamma": gamma, "foreign": foreign, "subset": subset, "faithfulness":
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("analysis", choices=(*ON_DATA, "heads"))
-    parser.add_argument("--dataset", type=Path, action="append", metavar="FOLDER", help="from generate_data.py; "
+    parser.add_argument("--dataset", type=user_path, action="append", metavar="FOLDER", help="from generate_data.py; "
                         "repeatable")
-    parser.add_argument("--foreign-dataset", type=Path, action="append", metavar="FOLDER",
+    parser.add_argument("--foreign-dataset", type=user_path, action="append", metavar="FOLDER",
                         help="of generate_data.py --foreign, for `foreign`")
-    parser.add_argument("--run", type=Path, action="append", metavar="FOLDER", help="of train_head.py, for `heads`")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="table, results.json and plot")
+    parser.add_argument("--run", type=user_path, action="append", metavar="FOLDER",
+                        help="of train_head.py, for `heads`")
+    parser.add_argument("--out", type=user_path, required=True, metavar="FOLDER", help="table, results.json and plot")
     parser.add_argument("--model", default="smollm2-135m", metavar="NAME", help="a preset (default %(default)s)")
     parser.add_argument("--causal-head", metavar="PATH", help="for `faithfulness`")
     parser.add_argument("--bidirectional-head", metavar="PATH", help="for `faithfulness`")
-    parser.add_argument("--gammas", type=float, nargs="+", default=GAMMAS, help="depth weights (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=400, help="of each training (default %(default)s)")
-    parser.add_argument("--held-out", type=int, default=48, help="sequences (default %(default)s)")
-    parser.add_argument("--row-tokens", type=int, default=512, help="of a packed row (default %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak (default %(default)s)")
-    parser.add_argument("--vocab-subset", type=int, default=8192, help="tokens of a step's loss (default %(default)s)")
+    parser.add_argument("--gammas", type=number, nargs="+", default=GAMMAS, help="depth weights (default %(default)s)")
+    parser.add_argument("--steps", type=integer, default=400, help="of each training (default %(default)s)")
+    parser.add_argument("--held-out", type=integer, default=48, help="sequences (default %(default)s)")
+    parser.add_argument("--row-tokens", type=integer, default=512, help="of a packed row (default %(default)s)")
+    parser.add_argument("--learning-rate", type=number, default=1e-3, help="peak (default %(default)s)")
+    parser.add_argument("--vocab-subset", type=integer, default=8192,
+                        help="tokens of a step's loss (default %(default)s)")
     parser.add_argument("--product-dtype", choices=("bfloat16", "float32"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=integer, default=0)
     return parser
 
 

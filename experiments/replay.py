@@ -28,6 +28,7 @@ from experiments.benchmark import add_sample_arguments, parse_budgets, pick
 from experiments.common import add_pair_arguments, claim_output, load, require_at_least, run_main, write_text
 from experiments.plots import Line, Panel, save_plot
 from jetspec_jax import HeadConfig, JetSpecError, Pair, SamplingParams, TreeConfig
+from jetspec_jax.arguments import Parser, integer
 from jetspec_jax.config import TREE_WIDTHS, Builder
 from jetspec_jax.pretrained import cache_folder
 from jetspec_jax.suites import SUITES, suite_messages
@@ -138,12 +139,12 @@ def write_results(folder: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add_pair_arguments(parser)
     parser.add_argument("--suite", action="append", metavar="NAME|FILE.jsonl",
                         help=f'{", ".join(SUITES)}, or a file of lines {{"prompt": ...}}; repeatable (default: all)')
     add_sample_arguments(parser, limit=32, plot="replay.png")
-    parser.add_argument("--batch-size", type=int, default=32, help="default %(default)s")
+    parser.add_argument("--batch-size", type=integer, default=32, help="default %(default)s")
     return parser
 
 

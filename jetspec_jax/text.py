@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
+
+from jetspec_jax.checkpoint import first_line
+from jetspec_jax.errors import JetSpecError
 
 LAG = slice(-9, -3)  # where text is cut whose last character may be incomplete: that is in the last three tokens
 SHORT = 8  # how many tokens before new ones are tried as what tells where their spaces belong
+
+CANNOT_DECODE = "the tokenizer of this target is damaged and cannot decode its tokens"
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
@@ -44,8 +50,9 @@ class TextStream:
 
     def __init__(self, tokenizer: Any) -> None:
         self.seen = 0
-        self.decoder: _Decoder = (_ByteLevel if _steps(tokenizer) == ["ByteLevel"] else _InContext)(tokenizer)
-        self.clean_up = _CleanUp(tokenizer) if _cleans_up(tokenizer) else None
+        with tokenizer_errors(CANNOT_DECODE):
+            self.decoder: _Decoder = (_ByteLevel if _steps(tokenizer) == ["ByteLevel"] else _InContext)(tokenizer)
+            self.clean_up = _CleanUp(tokenizer) if _cleans_up(tokenizer) else None
 
     def add(self, answer: Sequence[int], done: bool) -> str:
         """The text that was not told yet.
@@ -53,10 +60,25 @@ class TextStream:
         Args:
             answer: all token ids so far.
             done: whether they are all there will be; else what later ones might change waits for them.
+
+        Raises:
+            JetSpecError: a damaged tokenizer.
         """
         new, self.seen = answer[self.seen:], len(answer)
-        text = self.decoder.add(new, done)
-        return self.clean_up.add(text, done) if self.clean_up else text
+        with tokenizer_errors(CANNOT_DECODE):
+            text = self.decoder.add(new, done)
+            return self.clean_up.add(text, done) if self.clean_up else text
+
+
+@contextlib.contextmanager
+def tokenizer_errors(what: str) -> Iterator[None]:
+    """Raises JetSpecError, which begins with `what`, where a tokenizer fails: its Rust library may panic too."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # which is no Exception
+            raise
+        raise JetSpecError(f"{what}: {first_line(error)}") from error
 
 
 class _Decoder(Protocol):
