@@ -108,17 +108,17 @@ def _bounded() -> Iterator[None]:
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
         nonlocal looked
-        module = "" if frame.f_code.co_filename == "<template>" else frame.f_globals.get("__name__", "another")
-        if module and not module.startswith("jinja2."):  # a callback of the garbage collector would lose an exception
-            return None
-        now = time.monotonic()
-        if now > looked + INTERVAL:  # much memory takes long to fill
+        now, template = time.monotonic(), frame.f_code.co_filename == "<template>"
+        # Not at every event, since much memory takes long to fill; and not anywhere: what a callback of the garbage
+        # collector raises is lost. (Jinja's lipsum loops over random calls.)
+        if now > looked + INTERVAL and (
+                template or frame.f_globals.get("__name__", "").startswith(("jinja2.", "random"))):
             looked = now
             if now > end:
                 raise _StoppedError(f"takes more than {MAX_SECONDS:.0f} seconds")
             if _resident_bytes() > most:
                 raise _StoppedError(f"takes more than {MAX_BYTES / 1e6:.0f} MB")
-        return trace if module in ("", "jinja2.utils") else None  # whose loops need no calls
+        return trace if template else None  # Jinja's own loops call something
 
     sys.settrace(trace)
     try:

@@ -1,9 +1,12 @@
 """Chat prompts: the ids are those of `apply_chat_template`, whatever the tokenizer adds to a text; what is refused."""
 
 import dataclasses
+import gc
 import json
 import shutil
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from converters import convert
 from experiments import decode, generate_data, peers, round_cost, write_prompts
-from jetspec_jax import JetSpecError
+from jetspec_jax import JetSpecError, chat_template
 from jetspec_jax.generate import generate, read_requests
 from jetspec_jax.text import ChatText
 from tests.models import random_pair, tiny_target
@@ -131,10 +134,15 @@ def test_the_switches_of_a_template(pair_with):
     (PLAIN, [{"role": 1, "content": "Hi"}], {}, "message 0 must be a dict"),
     (PLAIN, [{"role": "user"}], {}, "content of message 0 .* not None"),
     (PLAIN, [{"role": "user", "content": 5}], {}, "content of message 0 .* not 5"),
-    (PLAIN, "Hi", {"system": 5}, "system must be text, not 5"),
+    (PLAIN, "Hi", {"system": [10**5000]}, "too large to print"), (PLAIN, "Hi", {"system": 5}, "system must be text, not 5"),
     (PLAIN, [{"role": "system", "content": "S"}, *TALK], {"system": "T"}, "system message among the messages"),
     *((PLAIN, "Hi", {name: True}, f"{name!r} is no switch of a chat template") for name in (
-        "tokenize", "return_tensors", "return_dict", "padding", "truncation", "tokenizer_kwargs", "conversation")),
+        "tokenize", "return_tensors", "return_dict", "padding", "truncation", "tokenizer_kwargs", "conversation",
+        "self")),
+    (PLAIN, [{"role": "user", "content": 10**5000}], {}, "not a int that is too large to print"),
+    (PLAIN, [10**5000], {}, "too large to print"), (PLAIN, [{"role": "user", "content": b"x" * 10**6}], {}, "not b'xxx"),
+    (PLAIN, "Hi", {"chat_template": [10**5000]}, "too large to print"),
+    ({5: "T", "rag": "R"}, "Hi", {}, r"choose one of \['5', 'rag'\]"),
     (PLAIN, TALK, {"continue_final_message": True, "add_generation_prompt": True}, "not compatible"),
     (PLAIN, "Hi", {"tools": ["no schema"]}, "refuses these messages with tools .*Tools should"),
     (PLAIN, "Hi", {"chat_template": "rag"}, "chat_template 'rag' is neither"),
@@ -151,15 +159,123 @@ def test_chats_that_are_refused(pair_with, template, messages, options, reason):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("template", [
+    "{{ 'a' * 10**10 }}", "{{ 'a' * 9999999999 }}", "{{ 'a' * 1000000 * 1000000 }}", "{{ ('a' * 1000) * (500 + 501) }}",
+    "{{ [0] * 1e9 }}", "{{ 'a' * '9999999999' | int }}", "{{ '%9999999999d' % 1 }}", "{{ '{:>9999999999}'.format(1) }}",
+    "{% generation %}{{ 2 ** 3 }}{% endgeneration %}", "{% for m in messages %}{% continue %}{{ 2 ** 3 }}{% endfor %}"])
+def test_numbers_with_which_one_line_takes_all_memory(pair_with, template):
+    """They are refused before Jinja folds them, which it does when it compiles."""
+    with pytest.raises(JetSpecError, match=r"line 2 of the chat template .* a power or a number above 1000000"):
+        pair_with(tokenizer(template="\n" + template)).chat("Hi")
+
+
+DOUBLING = "{% set n = namespace(a=START) %}{% for i in range(60) %}{% set n.a = n.a OP n.a %}{% endfor %}"
+
+
+@pytest.mark.parametrize(("template", "reason"), [
+    ("{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}", "takes more than 1 seconds"),
+    ("{% for i in range(100000) %}{{ range(100000) | sum }}{% endfor %}", "takes more than 1 seconds"),
+    ("{{ lipsum(1000000) }}", "takes more than 1 seconds"),
+    (DOUBLING.replace("START", "'aa'").replace("OP", "~"), "takes more than 67 MB"),
+    (DOUBLING.replace("START", "'aa'").replace("OP", "+"), "takes more than 67 MB"),
+    (DOUBLING.replace("START", "[1]").replace("OP", "+"), "takes more than 67 MB"),
+    ("{{ 'a' * 999999 }}" * 20, "wrote 19999980 characters"), ("a" * 2_000_000, "has 2000000 characters"),
+    ("{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    ("{{ " + "(" * 50_000 + "1" + ")" * 50_000 + " }}", "RecursionError")], ids=str.split("""
+    loops sums lorem text-by-tilde text-by-plus lists text characters macro nested"""))
+def test_templates_without_an_end_are_stopped(pair_with, monkeypatch, template, reason):
+    """Also in a thread that is not the main one; and the next template is bounded again."""
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.6)
+    monkeypatch.setattr(chat_template, "MAX_BYTES", 2**26)
+    monkeypatch.setattr(chat_template, "MAX_TEXT", 10**7)
+    pair = pair_with(tokenizer(template=template))
+    with ThreadPoolExecutor(1) as thread, pytest.raises(JetSpecError, match=reason) as refused:
+        thread.submit(pair.chat, "Hi").result()
+    assert len(str(refused.value)) < 800
+    assert sys.gettrace() is None
+
+
+def test_a_callback_of_the_garbage_collector_does_not_lose_the_end(pair_with, monkeypatch):
+    def callback(phase, info):
+        time.sleep(0.02)
+
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.3)
+    gc.callbacks.append(callback)
+    try:
+        with pytest.raises(JetSpecError, match="takes more than"):
+            pair_with(tokenizer(template="{% for i in range(1000) %}{% for j in range(1000) %}{% set x = [[i]] %}"
+                                         "{% endfor %}{% endfor %}")).chat("Hi")
+    finally:
+        gc.callbacks.remove(callback)
+
+
+def test_a_tracer_of_the_users_stays(pair_with):
+    def tracer(*_):
+        return None
+
+    sys.settrace(tracer)
+    try:
+        assert pair_with(tokenizer()).chat("Hi") == "user: Hi\nmodel:"
+        assert sys.gettrace() is tracer
+    finally:
+        sys.settrace(None)
+    assert pair_with(tokenizer()).chat("Hi") == "user: Hi\nmodel:"
+    assert sys.gettrace() is None
+
+
+LIKE_QWEN = """{%- set ns = namespace(last=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if message.role == "user" and message.content is string and not message.content.startswith('<tool') %}
+        {%- set ns.last = index %}{% break %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}{% generation %}
+        {{- '<|im_start|>assistant\\n' + message.content.split('</think>')[-1].lstrip('\\n') + '<|im_end|>\\n' }}
+    {%- endgeneration %}{% else %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{{ ns.last }}{{ '-' * 3 }}{% endif %}"""
+LIKE_MISTRAL = """{%- if messages[0].role == "system" %}
+    {%- set system = messages[0].content %}{% set rest = messages[1:] %}
+{%- else %}{% set rest = messages %}{% endif %}{{ bos_token }}
+{%- for message in rest %}
+    {%- if (message.role == "user") != (loop.index0 % 2 == 0) %}
+        {{- raise_exception("roles must alternate") }}
+    {%- endif %}
+    {%- if message.role == "user" %}{{ "[INST] " + (system + "\\n\\n" if loop.last and system is defined else "") }}
+        {{- message.content + "[/INST]" }}{% else %}{{ " " + message.content + eos_token }}{% endif %}
+{%- endfor %}"""
+
+
+def test_templates_like_those_of_models_are_not_changed(pair_with):
+    pair = pair_with(tokenizer(template={"default": LIKE_QWEN, "other": LIKE_MISTRAL}))
+    talk = [TALK[0], {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nHello."}, TALK[2]]
+    assert pair.chat(talk, "S") == (
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"
+        "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n3---")
+    assert pair.chat(TALK, "S", chat_template="other") == "<s>[INST] Hi[/INST] Hello.</s>[INST] S\n\nWhy?[/INST]"
+    with pytest.raises(JetSpecError, match="roles must alternate"):
+        pair.chat([*TALK, TALK[0]], chat_template="other")
+    assert "1234567890" in pair.chat("{{ '1234567890' }}", chat_template='{{ \'{"id": 1234567890}\' }}{{ 999999 }}')
+
+
 def test_text_that_cannot_be_encoded(pair_with):
     with pytest.raises(JetSpecError, match="no tokenizer"):
         pair_with(None).encode("Hi")
     with pytest.raises(JetSpecError, match="no tokenizer, and so no chat template"):
         pair_with(None).chat("Hi")
     pair = pair_with(tokenizer())
-    for text in ("Hi \udcff", pair.chat("\udcff")):
-        with pytest.raises(JetSpecError, match=r"'\\udcff' at character \d .* wrong encoding"):
+    half = r"'\\udcff' at character \d+ .* wrong encoding"
+    for text in ("Hi \udcff", ChatText("Hi \udcff")):
+        with pytest.raises(JetSpecError, match=half):
             pair.encode(text)
+    for messages, switches in (("\udcff", {}), (TALK, {"system": "\udcff"}), (TALK, {"note": "\udcff"}),
+                               (TALK, {"tools": [{"name": "\udcff"}]})):
+        with pytest.raises(JetSpecError, match=half):
+            pair_with(tokenizer(template=PLAIN + "{{ note }}{{ tools[0].name if tools }}")).chat(messages, **switches)
 
 
 def run(monkeypatch, pair, *arguments):
