@@ -115,7 +115,7 @@ def _bounded() -> Iterator[None]:
                 template or frame.f_globals.get("__name__", "").startswith(("jinja2.", "random"))):
             looked = now
             if now > end:
-                raise _StoppedError(f"takes more than {MAX_SECONDS:.0f} seconds")
+                raise _StoppedError(f"takes more than {MAX_SECONDS:g} seconds")
             if _resident_bytes() > most:
                 raise _StoppedError(f"takes more than {MAX_BYTES / 1e6:.0f} MB")
         return trace if template else None  # Jinja's own loops call something

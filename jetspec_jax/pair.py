@@ -149,7 +149,7 @@ def _shown(value: Any) -> str:
     try:
         return repr(value)[:100]
     except (ValueError, RecursionError):
-        return f"a {type(value).__name__} that is too large to print"
+        return f"<{type(value).__name__} too large to print>"
 
 
 def _conversation(messages: str | Sequence[Mapping[str, Any]], system: str | None) -> list[Mapping[str, Any]]:

@@ -134,13 +134,15 @@ def test_the_switches_of_a_template(pair_with):
     (PLAIN, [{"role": 1, "content": "Hi"}], {}, "message 0 must be a dict"),
     (PLAIN, [{"role": "user"}], {}, "content of message 0 .* not None"),
     (PLAIN, [{"role": "user", "content": 5}], {}, "content of message 0 .* not 5"),
-    (PLAIN, "Hi", {"system": [10**5000]}, "too large to print"), (PLAIN, "Hi", {"system": 5}, "system must be text, not 5"),
+    (PLAIN, "Hi", {"system": [10**5000]}, "too large to print"),
+    (PLAIN, "Hi", {"system": 5}, "system must be text, not 5"),
     (PLAIN, [{"role": "system", "content": "S"}, *TALK], {"system": "T"}, "system message among the messages"),
     *((PLAIN, "Hi", {name: True}, f"{name!r} is no switch of a chat template") for name in (
         "tokenize", "return_tensors", "return_dict", "padding", "truncation", "tokenizer_kwargs", "conversation",
         "self")),
-    (PLAIN, [{"role": "user", "content": 10**5000}], {}, "not a int that is too large to print"),
-    (PLAIN, [10**5000], {}, "too large to print"), (PLAIN, [{"role": "user", "content": b"x" * 10**6}], {}, "not b'xxx"),
+    (PLAIN, [{"role": "user", "content": 10**5000}], {}, "not <int too large to print>"),
+    (PLAIN, [10**5000], {}, "too large to print"),
+    (PLAIN, [{"role": "user", "content": b"x" * 10**6}], {}, "not b'xxx"),
     (PLAIN, "Hi", {"chat_template": [10**5000]}, "too large to print"),
     ({5: "T", "rag": "R"}, "Hi", {}, r"choose one of \['5', 'rag'\]"),
     (PLAIN, TALK, {"continue_final_message": True, "add_generation_prompt": True}, "not compatible"),
@@ -173,13 +175,13 @@ DOUBLING = "{% set n = namespace(a=START) %}{% for i in range(60) %}{% set n.a =
 
 
 @pytest.mark.parametrize(("template", "reason"), [
-    ("{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}", "takes more than 1 seconds"),
-    ("{% for i in range(100000) %}{{ range(100000) | sum }}{% endfor %}", "takes more than 1 seconds"),
-    ("{{ lipsum(1000000) }}", "takes more than 1 seconds"),
+    ("{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}", "takes more than 0.6 seconds"),
+    ("{% for i in range(100000) %}{{ range(100000) | sum }}{% endfor %}", "takes more than 0.6 seconds"),
+    ("{{ lipsum(1000000) }}", "takes more than 0.6 seconds"),
     (DOUBLING.replace("START", "'aa'").replace("OP", "~"), "takes more than 67 MB"),
     (DOUBLING.replace("START", "'aa'").replace("OP", "+"), "takes more than 67 MB"),
     (DOUBLING.replace("START", "[1]").replace("OP", "+"), "takes more than 67 MB"),
-    ("{{ 'a' * 999999 }}" * 20, "wrote 19999980 characters"), ("a" * 2_000_000, "has 2000000 characters"),
+    ("{{ 'a' * 999999 }}" * 3, "wrote 2999997 characters"), ("a" * 2_000_000, "has 2000000 characters"),
     ("{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
     ("{{ " + "(" * 50_000 + "1" + ")" * 50_000 + " }}", "RecursionError")], ids=str.split("""
     loops sums lorem text-by-tilde text-by-plus lists text characters macro nested"""))
@@ -187,7 +189,7 @@ def test_templates_without_an_end_are_stopped(pair_with, monkeypatch, template, 
     """Also in a thread that is not the main one; and the next template is bounded again."""
     monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.6)
     monkeypatch.setattr(chat_template, "MAX_BYTES", 2**26)
-    monkeypatch.setattr(chat_template, "MAX_TEXT", 10**7)
+    monkeypatch.setattr(chat_template, "MAX_TEXT", 10**6)
     pair = pair_with(tokenizer(template=template))
     with ThreadPoolExecutor(1) as thread, pytest.raises(JetSpecError, match=reason) as refused:
         thread.submit(pair.chat, "Hi").result()
@@ -196,15 +198,18 @@ def test_templates_without_an_end_are_stopped(pair_with, monkeypatch, template, 
 
 
 def test_a_callback_of_the_garbage_collector_does_not_lose_the_end(pair_with, monkeypatch):
+    """The time is over while it runs; what is raised within it goes nowhere."""
     def callback(phase, info):
-        time.sleep(0.02)
+        time.sleep(0.3)
+        return (lambda: phase)()
 
-    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.3)
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.2)
+    growing = "{% set n = namespace(a=[]) %}{% for i in range(9000) %}{% set n.a = [n.a, i] %}{% endfor %}"
+    gc.collect()
     gc.callbacks.append(callback)
     try:
-        with pytest.raises(JetSpecError, match="takes more than"):
-            pair_with(tokenizer(template="{% for i in range(1000) %}{% for j in range(1000) %}{% set x = [[i]] %}"
-                                         "{% endfor %}{% endfor %}")).chat("Hi")
+        with pytest.raises(JetSpecError, match="takes more than 0.2 seconds"):
+            pair_with(tokenizer(template=growing)).chat("Hi")
     finally:
         gc.callbacks.remove(callback)
 
