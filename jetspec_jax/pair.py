@@ -12,7 +12,7 @@ from jetspec_jax.chat_template import render
 from jetspec_jax.checkpoint import first_line
 from jetspec_jax.config import DrafterConfig, TargetConfig, TransformerConfig
 from jetspec_jax.draft import Params, count_parameters
-from jetspec_jax.errors import JetSpecError
+from jetspec_jax.errors import JetSpecError, shown
 from jetspec_jax.programs import Programs
 from jetspec_jax.sharding import shards_of
 from jetspec_jax.text import ChatText, tokenizer_errors
@@ -144,31 +144,23 @@ def _check_unicode(text: str) -> None:
                            "was read in the wrong encoding") from error
 
 
-def _shown(value: Any) -> str:
-    """A value in a message: short, and even where Python refuses to print it (a number of 5,000 digits)."""
-    try:
-        return repr(value)[:100]
-    except (ValueError, RecursionError):
-        return f"<{type(value).__name__} too large to print>"
-
-
 def _conversation(messages: str | Sequence[Mapping[str, Any]], system: str | None) -> list[Mapping[str, Any]]:
     """The messages as a list, the system message first."""
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     if not isinstance(messages, list | tuple) or not messages:
         raise JetSpecError("messages must be a text, or a list of dicts with role and content that is not empty, not "
-                           f"{_shown(messages)}")
+                           f"{shown(messages)}")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise JetSpecError(f'message {i} must be a dict like {{"role": "user", "content": "Hi"}}, not '
-                               f"{_shown(message)}")
+                               f"{shown(message)}")
         content = message.get("content")
         calls = content is None and message["role"] == "assistant" and message.keys() - {"role", "content"}
         if not isinstance(content, str | list | tuple | Mapping) and not calls:
-            raise JetSpecError(f"the content of message {i} must be text (or a list of parts), not {_shown(content)}")
+            raise JetSpecError(f"the content of message {i} must be text (or a list of parts), not {shown(content)}")
     if system is not None and not isinstance(system, str):
-        raise JetSpecError(f"system must be text, not {_shown(system)}")
+        raise JetSpecError(f"system must be text, not {shown(system)}")
     if system is None:
         return list(messages)
     if any(message["role"] == "system" for message in messages):
@@ -188,5 +180,5 @@ def _check_template(templates: str | dict[str, str] | None, switches: Mapping[st
                            f"(pair.chat(..., chat_template={names[0]!r}); decode.py: --chat-option "
                            f"chat_template={names[0]})")
     if chosen is not None and not (isinstance(chosen, str) and (chosen in named or "{" in chosen)):
-        raise JetSpecError(f"chat_template {_shown(chosen)} is neither a template nor the name of one; this target has "
+        raise JetSpecError(f"chat_template {shown(chosen)} is neither a template nor the name of one; this target has "
                            f"{names or 'a single one, without a name'}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from filelock import FileLock
 from jax.sharding import Mesh
 
 from converters import convert
-from converters.tokenizer import load_tokenizer, save_tokenizer
+from converters.tokenizer import load_tokenizer
 from jetspec_jax import checkpoint
 from jetspec_jax.config import FLOAT_DTYPES, DrafterConfig, TargetConfig
 from jetspec_jax.draft import Params
@@ -202,10 +201,6 @@ def _load(folder: Path, kind: str, dtype: str | None, mesh: Mesh | None, tiles: 
 
 def _load_tokenizer(source: Path) -> Any:
     """The tokenizer of a converted folder, a Hugging Face folder or a GGUF file, or None."""
-    if source.is_file():
-        with tempfile.TemporaryDirectory() as folder:
-            save_tokenizer(source, Path(folder))
-            return load_tokenizer(Path(folder))
     if not checkpoint.is_checkpoint(source):
         return load_tokenizer(source)
     try:
