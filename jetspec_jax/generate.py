@@ -194,7 +194,6 @@ def _run(pair: Pair, prompts: list[Prompt], max_new_tokens: int, batch_size: int
     """Checks the arguments now, decodes when iterated."""
     groups, shards = shards_of(pair.mesh)
     share = pair.share()
-    max_new_tokens = _at_least_one("max_new_tokens", max_new_tokens)
     requests = read_requests(pair, prompts, max_new_tokens)
     vocab = pair.target_config.vocab_size
     eos = pair.target_config.eos_token_ids
@@ -418,14 +417,14 @@ def _as_list(prompt: Prompt | Sequence[Prompt]) -> tuple[bool, list[Prompt]]:
 
 def read_requests(pair: Pair, prompts: list[Prompt], max_new_tokens: int) -> list[Request]:
     """Encodes and checks all prompts before anything runs."""
-    limit = pair.target_config.max_positions
+    limit, most = pair.target_config.max_positions, _at_least_one("max_new_tokens", max_new_tokens)
     requests = []
     for index, prompt in enumerate(prompts):
         ids = _encode(pair, prompt, index)
         if len(ids) >= limit:
             raise JetSpecError(f"prompt {index} has {len(ids)} tokens and the target's context limit is {limit}, the "
                                "answer included: shorten it")
-        requests.append(Request(index, ids, min(len(ids) + max_new_tokens, limit)))
+        requests.append(Request(index, ids, min(len(ids) + most, limit)))
     return requests
 
 

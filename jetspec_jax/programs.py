@@ -25,7 +25,7 @@ GPU_OPTIONS = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_C
 MOST_PROGRAMS = 64
 
 DISPATCH_SECONDS = 0.5
-MOST_ROUNDS = 256  # of a dispatch
+MOST_ROUNDS = 1024  # of a dispatch
 ROUNDS_OF_PROCESSES = 16
 
 

@@ -54,6 +54,12 @@ def test_a_program_is_compiled_once_however_many_threads_want_it():
     assert clock.waited == 0
 
 
+def test_a_result_takes_over_what_is_donated():
+    kept, given, other = Programs(), jnp.arange(4), jnp.arange(4)
+    assert kept(Clock(), lambda factor, a, b: factor * a + b, (3,), other, given, donate=1).tolist() == [0, 4, 8, 12]
+    assert given.is_deleted() and not other.is_deleted()
+
+
 def test_different_programs_are_compiled_at_the_same_time():
     both, kept = threading.Barrier(2), Programs()
     multiply = counting([], lambda: both.wait(TIMEOUT))
@@ -129,7 +135,7 @@ def test_threads_get_the_answers_and_the_times_of_their_own(pair, monkeypatch):
         assert answer.seconds + answer.compile_seconds <= wall
 
 
-@pytest.mark.parametrize(("rounds", "seconds", "expected"), [(1, 0.1, 5), (8, 0.01, 256), (200, 1.0, 100), (1, 9.0, 1),
+@pytest.mark.parametrize(("rounds", "seconds", "expected"), [(1, 0.1, 5), (8, 0.001, 1024), (200, 1.0, 100), (1, 9.0, 1),
                                                              (5, 5.0, 1)])
 def test_a_dispatch_is_to_take_half_a_second(rounds, seconds, expected):
     pace = Pace()
