@@ -135,8 +135,8 @@ def test_threads_get_the_answers_and_the_times_of_their_own(pair, monkeypatch):
         assert answer.seconds + answer.compile_seconds <= wall
 
 
-@pytest.mark.parametrize(("rounds", "seconds", "expected"), [(1, 0.1, 5), (8, 0.001, 1024), (200, 1.0, 100), (1, 9.0, 1),
-                                                             (5, 5.0, 1)])
+@pytest.mark.parametrize(("rounds", "seconds", "expected"), [(1, 0.1, 5), (8, 0.001, 1024), (200, 1.0, 100),
+                                                             (1, 9.0, 1), (5, 5.0, 1)])
 def test_a_dispatch_is_to_take_half_a_second(rounds, seconds, expected):
     pace = Pace()
     assert pace.rounds == 1
