@@ -187,9 +187,13 @@ def _claim(folder: Path) -> None:
 def write_text(file: Path, text: str) -> None:
     """Writes beside and renames, so that no half of a file is ever there."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}")
-    beside.write_text(text)
-    beside.rename(file)
+    beside = file.with_name(f".{os.getpid()}.partial")  # the file's own name may be as long as names can be
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.rename(file)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def run_main(main: Callable[[], None]) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from converters import cli
 from experiments import benchmark, decode, generate_data, h100_plan, paper, round_cost, train_head, write_prompts
-from experiments.common import check_output, require_head, run_main
+from experiments.common import check_output, require_head, run_main, write_text
 from jetspec_jax import JetSpecError, suites
 from jetspec_jax.arguments import integer, number, one_line, user_path, utf8
 from jetspec_jax.suites import read_prompts_jsonl, suite_messages
@@ -157,6 +157,17 @@ def test_what_may_not_be_searched(monkeypatch, tmp_path):
                 lambda: suite_messages("locked/x", tmp_path)):
         with pytest.raises(JetSpecError, match="cannot read locked/x: Permission denied"):
             ask()
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path):
+    write_text(tmp_path / "a" / ("x" * 255), "é")
+    assert [(file.name, file.read_bytes()) for file in (tmp_path / "a").iterdir()] == [("x" * 255, b"\xc3\xa9")]
+    (tmp_path / "b" / "folder").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        write_text(tmp_path / "b" / "folder", "x")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "b" / "file", "\udcff")
+    assert [file.name for file in (tmp_path / "b").iterdir()] == ["folder"]
 
 
 @pytest.mark.parametrize("name", ["file", "file/under", "x" * 5000])

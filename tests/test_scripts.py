@@ -175,7 +175,7 @@ def test_the_default_tree_is_the_pairs(monkeypatch):
     (("--budget", 0), "tree budget"), (("--tree-width", 17), "tree width"), (("--temperature", -1), "temperature"),
     (("--top-p", 2), "top_p"), (("--seed", -1), "--seed"),
     (("--max-new-tokens", 0), "--max-new-tokens"), ((*PAIR, "--prompt", " "), "no tokenizer"),
-    (("--prompt-file", "absent.txt"), "cannot read --prompt-file absent.txt"),
+    (("--prompt-file", "absent.txt"), "cannot read absent.txt"),
     (("--model", "qwen3-4b"), "no draft head is known for qwen3-4b"), (PAIR[:2], "name one with --head"),
     (("--draft", "none", "--compare-ar"), "--compare-ar compares with plain decoding"),
     (("--draft", "lookup", "--tree-width", 8), "cannot go with --draft lookup"),
