@@ -232,5 +232,5 @@ def _end_tokens(folder: Path, config: Fields, vocab_size: int) -> tuple[int, ...
         if not all(is_integer(i) and 0 <= i < vocab_size for i in ids):
             raise source.error("eos_token_id", f"must be token ids from 0 to {vocab_size - 1}")
         if source.get("eos_token_id") is not None:
-            found.append(tuple(ids))
+            found.append(tuple(dict.fromkeys(ids)))
     return found[0] if found else ()

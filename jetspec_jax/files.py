@@ -103,10 +103,9 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         JetSpecError: see `read_bytes`; or it is something else.
     """
+    text = read_text(file, MAX_JSON)
     try:
-        value = parse_json(read_bytes(file))
-    except JetSpecError:
-        raise
+        value = parse_json(text)
     except ValueError as error:
         raise JetSpecError(f"{file} is not valid JSON: {str(error)[:200]}") from error
     if not isinstance(value, dict):

@@ -112,11 +112,11 @@ class _InContext:
         self.tokenizer, self.token = tokenizer, _token_reader(tokenizer)
         self.options = {"clean_up_tokenization_spaces": False} if _cleans_up(tokenizer) else {}
         steps = _steps(tokenizer)
-        self.byte_fallback = "ByteFallback" in steps
         self.joins_bytes = getattr(tokenizer, "backend_tokenizer", None) is None or "ByteLevel" in steps
         # What rewrites text that has been joined may do so across any two tokens.
         joined = next((i for i, step in enumerate(steps) if step in ("Fuse", "ByteLevel")), len(steps))
-        self.only_whole = "Replace" in steps[joined:]
+        self.byte_fallback = "ByteFallback" in steps[:joined]
+        self.only_whole = bool({"Replace", "ByteFallback"} & set(steps[joined:]))
         self.window: list[int] = []
         self.told = 0
         self.waiting: list[int] = []

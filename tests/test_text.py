@@ -100,6 +100,8 @@ TOKENIZERS = {
         bytes_to_unicode()[byte] for byte in b"\xa0\xe4\xbd")]), decoders.Sequence([decoders.ByteLevel()])),
     "joined bytes are rewritten": fast(bpe([*bytes_to_unicode().values(), "Ġ."]), decoders.Sequence([
         decoders.ByteLevel(), decoders.Replace(" .", ".")])),
+    "byte tokens are joined before they are bytes": fast(bpe([f"<0x{byte:02X}>" for byte in range(256)]),
+                                                         decoders.Sequence([decoders.Fuse(), decoders.ByteFallback()])),
     "joined text is rewritten": fast(bpe(["a", " ", ". ", "b.", "  "]), decoders.Sequence([
         decoders.Fuse(), decoders.Replace(". ", "!"), decoders.Replace("  ", " ")])),
 }
