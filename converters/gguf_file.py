@@ -12,10 +12,10 @@ from converters.fields import Fields, is_one_of, naming
 from converters.gguf_header import GGUFTensor, read_header
 from converters.names import check_counts, gguf_name, target_slots
 from converters.rope import REASONS, Rope, yarn_attention_factor
-from jetspec_jax.checkpoint import first_line
 from jetspec_jax.config import EPS_LIMITS, MAX_LAYERS, THETA_LIMITS, RopeScaling, TargetConfig
-from jetspec_jax.errors import JetSpecError, shown
+from jetspec_jax.errors import JetSpecError, first_line, shown
 from jetspec_jax.files import cannot_read
+from jetspec_jax.text import tokenizer_errors
 
 ARCHITECTURES = ("llama", "qwen3")
 # How models split text before byte-level BPE; Llama 3 takes digits in groups of three, Qwen2 and Qwen3 one by one.
@@ -104,12 +104,8 @@ class GGUFFile:
         """
         if self._fields.get("tokenizer.ggml.model") is None:
             return
-        try:
+        with tokenizer_errors(f"{self.label}: its tokenizer is damaged"):
             tokenizer = self._tokenizer()
-        except (JetSpecError, KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # the Rust library panics at a merge of unknown tokens, which is no Exception
-            raise JetSpecError(f"{self.label}: its tokenizer is damaged: {first_line(error)}") from error
         tokenizer.save_pretrained(folder)
 
     def _dequantized(self, tensor: GGUFTensor) -> np.ndarray:

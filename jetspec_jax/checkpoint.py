@@ -36,7 +36,7 @@ from jetspec_jax.config import (
     TargetConfig,
     is_integer,
 )
-from jetspec_jax.errors import DamagedError, JetSpecError, shown
+from jetspec_jax.errors import DamagedError, JetSpecError, first_line, shown
 from jetspec_jax.files import check_ordinary, local_path, locked, read_json
 from jetspec_jax.head import head_shapes
 from jetspec_jax.layout import check_layout
@@ -298,9 +298,3 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def first_line(error: BaseException) -> str:
-    """An exception's message in at most 300 characters of one line."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:300].encode(errors="backslashreplace").decode()

@@ -23,3 +23,9 @@ def shown(value: Any) -> str:
     except (ValueError, RecursionError):  # an integer of more digits than Python prints, a list in a thousand lists
         text = f"{type(value).__name__} too large to be printed"
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's message in at most 300 characters of one line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300].encode(errors="backslashreplace").decode()

@@ -30,7 +30,7 @@ from jetspec_jax.pair import Pair
 from jetspec_jax.programs import Clock, Pace
 from jetspec_jax.sampling import NO_TOKEN, Sampler, sequence_keys
 from jetspec_jax.sharding import fetch, over_mesh, put, shards_of
-from jetspec_jax.text import TextStream
+from jetspec_jax.text import CANNOT_DECODE, TextStream, tokenizer_errors
 from jetspec_jax.tiles import is_large
 
 DEFAULT_TREE = TreeConfig()
@@ -356,7 +356,8 @@ class Run:
     def _decode(self, ids: list[int]) -> str | None:
         if self.pair.tokenizer is None:
             return None
-        return self.pair.tokenizer.decode(ids, skip_special_tokens=True)
+        with tokenizer_errors(CANNOT_DECODE):
+            return self.pair.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _new_text(self, request: Request, answer: list[int], done: bool) -> str:
         """Text that was not streamed yet; what later tokens may change waits for them."""

@@ -9,10 +9,9 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jetspec_jax.chat_template import render
-from jetspec_jax.checkpoint import first_line
 from jetspec_jax.config import DrafterConfig, TargetConfig, TransformerConfig
 from jetspec_jax.draft import Params, count_parameters
-from jetspec_jax.errors import JetSpecError, shown
+from jetspec_jax.errors import JetSpecError, first_line, shown
 from jetspec_jax.programs import Programs
 from jetspec_jax.sharding import shards_of
 from jetspec_jax.text import ChatText, tokenizer_errors

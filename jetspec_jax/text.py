@@ -9,8 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-from jetspec_jax.checkpoint import first_line
-from jetspec_jax.errors import JetSpecError
+from jetspec_jax.errors import JetSpecError, first_line
 
 LAG = slice(-9, -3)  # where text is cut whose last character may be incomplete: that is in the last three tokens
 SHORT = 8  # how many tokens before new ones are tried as what tells where their spaces belong
@@ -75,6 +74,8 @@ def tokenizer_errors(what: str) -> Iterator[None]:
     """Raises JetSpecError, which begins with `what`, where a tokenizer fails: its Rust library may panic too."""
     try:
         yield
+    except JetSpecError:
+        raise
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # which is no Exception
             raise

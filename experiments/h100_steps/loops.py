@@ -19,8 +19,8 @@ from experiments.h100.plan import Setup
 from experiments.h100.roofline import floor, head_operations, target_operations
 from experiments.h100_steps.bench import Bench
 from jetspec_jax import SamplingParams
-from jetspec_jax.checkpoint import first_line
 from jetspec_jax.decode import Decoder, DecodeState, create_state, run_rounds
+from jetspec_jax.errors import first_line
 from jetspec_jax.sampling import Sampler
 
 COMPILERS = 6  # programs compiled at once

@@ -8,9 +8,9 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
-from jetspec_jax.checkpoint import first_line, quiet
+from jetspec_jax.checkpoint import quiet
 from jetspec_jax.config import DrafterConfig
-from jetspec_jax.errors import JetSpecError
+from jetspec_jax.errors import JetSpecError, first_line
 from jetspec_jax.training.config import TrainConfig
 from jetspec_jax.training.trainer import TrainState
 

@@ -16,9 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jetspec_jax.checkpoint import first_line
 from jetspec_jax.config import is_integer
-from jetspec_jax.errors import JetSpecError
+from jetspec_jax.errors import JetSpecError, first_line
 from jetspec_jax.files import check_ordinary, local_path, read_json
 from jetspec_jax.training.record import Recording
 
