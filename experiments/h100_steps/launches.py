@@ -15,6 +15,7 @@ from jax import Array, lax
 
 from experiments.h100_steps.bench import Bench
 from experiments.h100_steps.loops import COMPILERS
+from jetspec_jax.errors import first_line
 
 # Every launch of a turn has operands of its own, so that it cannot find them in the L2 cache (50 MB). What is larger
 # than this is the same for all of them: caches, of which every launch reads another layer.
