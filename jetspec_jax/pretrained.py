@@ -213,14 +213,22 @@ def _embedded_default(anew: bool = False) -> Path:
     """The converted embedded default, made on first use, or anew where it is damaged."""
     cache = cache_folder() / "smollm2-135m"
     converted = cache / f"checkpoint-v{checkpoint.VERSION}"
-
-    def is_there() -> bool:
-        return checkpoint.is_checkpoint(converted) and (converted / checkpoint.TOKENIZER / "tokenizer.json").is_file()
-
-    if anew or not is_there():
+    if anew or not _is_whole(converted):
         (gguf,) = fetch(SMOLLM2_GGUF, cache)
         with FileLock(cache / "convert.lock"):
-            if anew or not is_there():
-                shutil.rmtree(converted, ignore_errors=True)
+            if anew or not _is_whole(converted):
+                if converted.is_dir():
+                    shutil.rmtree(converted, ignore_errors=True)
+                else:
+                    converted.unlink(missing_ok=True)
                 convert.convert_target(gguf, converted, label=gguf.name)
     return converted
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder describes a checkpoint, and has a tokenizer. (Who loads it looks at the arrays.)"""
+    try:
+        checkpoint.load_config(folder)
+    except JetSpecError:
+        return False
+    return (folder / checkpoint.TOKENIZER / "tokenizer.json").is_file()
