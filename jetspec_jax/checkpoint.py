@@ -11,10 +11,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import glob
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import zlib
@@ -28,6 +28,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from jetspec_jax.autoregressive import autoregressive_shapes
+from jetspec_jax.collectives import TENSOR
 from jetspec_jax.config import (
     AutoregressiveHeadConfig,
     DrafterConfig,
@@ -35,6 +36,7 @@ from jetspec_jax.config import (
     RopeScaling,
     TargetConfig,
     is_integer,
+    require,
 )
 from jetspec_jax.errors import DamagedError, JetSpecError, first_line, shown
 from jetspec_jax.files import check_ordinary, local_path, locked, read_json
@@ -48,7 +50,7 @@ FORMAT, VERSION = "jetspec-jax", 2
 READABLE = (1, VERSION)
 DESCRIPTION, ARRAYS, TOKENIZER = "jetspec.json", "arrays", "tokenizer"
 _NOT_STORED = ("weight_tile", "shards", "kernels")  # of the config: how a model runs, not what it is
-_LATER = ("rope_scaling",)  # fields that the first files of this version lack
+_LATER = ("rope_scaling",)  # fields that the first files lack
 SMALL_BYTES = 2**16  # of a file that describes others
 PIECE_BYTES = 2**26  # of one file: who reads a share of an array reads the pieces that hold it
 _KINDS: dict[str, tuple[Any, Any]] = {
@@ -67,14 +69,17 @@ def written_beside(out: Path) -> Iterator[Path]:
     """
     if local_path(out) is not None or out.is_symlink():
         raise JetSpecError(f"{out} exists already: choose another name or remove it first")
+    out = out.expanduser()
+    prefix = f".{out.name[:200]}."  # together with what follows it must be a name that file systems take
     with contextlib.ExitStack() as stack:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             busy = f"another process is writing {out}: wait for it, or choose another name"
-            stack.enter_context(locked(out.with_name(f".{out.name}.lock"), busy))
-            for leftover in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+            stack.enter_context(locked(out.with_name(f"{prefix}lock"), busy))
+            for leftover in out.parent.iterdir():
+                if re.fullmatch(rf"{re.escape(prefix)}[^.]+\.partial", leftover.name):
+                    shutil.rmtree(leftover, ignore_errors=True)
+            beside = Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=out.parent))
         except OSError as error:
             raise JetSpecError(f"cannot write into {out.parent}: {error.strerror or error}") from error
         try:
@@ -98,11 +103,16 @@ def save(folder: Path, config: TargetConfig | DrafterConfig, params: dict, sourc
         source: where the parameters came from, for people to read.
 
     Raises:
-        JetSpecError: the disk is too small or refuses the data; or one of several processes.
+        JetSpecError: the disk is too small or refuses the data; one of several processes; or a model that several
+            devices share.
     """
     if jax.process_count() > 1:
         raise JetSpecError(f"several processes cannot write {folder.parent} together: convert or train in one process "
                            "first")
+    meshes = [leaf.sharding.mesh for leaf in jax.tree.leaves(params) if isinstance(leaf.sharding, NamedSharding)]
+    if any(mesh.shape.get(TENSOR, 1) > 1 for mesh in meshes):  # columns are dealt out in another order
+        raise JetSpecError("a model whose layers are shared by several devices cannot be written: load it without a "
+                           "mesh")
     config, params = from_tiles(config, params)
     _reserve(folder, sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
     kind = _kind_of(config)
@@ -136,7 +146,7 @@ def checksums(folder: Path) -> dict[str, str]:
     """What `jetspec.json` tells of the files below arrays/: their CRC-32."""
     arrays = folder / ARRAYS
     files = sorted(file for file in arrays.rglob("*") if file.is_file())
-    with ThreadPoolExecutor(cores()) as pool:
+    with _threads(cores()) as pool:
         return dict(zip([str(file.relative_to(arrays)) for file in files], pool.map(_checksum, files), strict=True))
 
 
@@ -149,8 +159,8 @@ def load_config(folder: Path) -> TargetConfig | DrafterConfig:
     return _read_description(folder)[0]
 
 
-def _read_description(folder: Path) -> tuple[TargetConfig | DrafterConfig, dict[str, str]]:
-    """(the config, the checksums) of a checkpoint; see `load_config`."""
+def _read_description(folder: Path) -> tuple[TargetConfig | DrafterConfig, dict[str, str] | None]:
+    """(the config, the checksums) of a checkpoint; see `load_config`. The first version has no checksums."""
     try:
         description = read_json(folder / DESCRIPTION)
     except JetSpecError as error:
@@ -158,33 +168,38 @@ def _read_description(folder: Path) -> tuple[TargetConfig | DrafterConfig, dict[
     if description.get("format") != FORMAT:
         raise JetSpecError(f"{folder} holds a foreign checkpoint: format {shown(description.get('format'))}, expected "
                            f"{FORMAT!r}")
-    version, kind = description.get("version"), description.get("kind")
+    version, kind, config = (description.get(name) for name in ("version", "kind", "config"))
     if not is_integer(version) or version not in READABLE:
         raise JetSpecError(f"{folder} has format version {shown(version)} and this release reads version "
                            f"{' and '.join(map(str, READABLE))}: update jetspec-jax, or convert the original weights "
                            "again")
     if not isinstance(kind, str) or kind not in _KINDS:
         raise JetSpecError(f"{folder} holds a checkpoint of unknown kind {shown(kind)}")
-    config_class = _KINDS[kind][0]
     try:
-        fields: dict[str, Any] = {name: value for name, value in description["config"].items()
-                                  if name not in _NOT_STORED}
-        known = {entry.name for entry in dataclasses.fields(config_class)}
-        missing = sorted(known - fields.keys() - {*_NOT_STORED, *_LATER})
-        if missing:
-            raise JetSpecError(f"its config lacks {', '.join(missing)}")
-        for name in fields.keys() - known:
-            raise JetSpecError(f"its config has a field {shown(name)}")
-        if fields.get("rope_scaling") is not None:
-            fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
-        return config_class(**fields), _read_checksums(description) if version == VERSION else {}
-    except (KeyError, TypeError, AttributeError, JetSpecError) as error:
+        return _read_config(_KINDS[kind][0], config), None if version == 1 else _read_checksums(description)
+    except (TypeError, JetSpecError) as error:
         raise DamagedError(f"the description of {folder} is damaged: {first_line(error)}") from error
+
+
+def _read_config(config_class: Any, config: Any) -> TargetConfig | DrafterConfig:
+    """A config from what the description says of it."""
+    require(isinstance(config, dict), "it has no config")
+    fields = {name: value for name, value in config.items() if name not in _NOT_STORED}
+    known = {entry.name for entry in dataclasses.fields(config_class)}
+    missing = sorted(known - fields.keys() - {*_NOT_STORED, *_LATER})
+    require(not missing, f"its config lacks {', '.join(missing)}")
+    unknown = sorted(fields.keys() - known)
+    require(not unknown, f"its config has fields that are not known, like {shown(unknown[0] if unknown else '')}")
+    if fields.get("rope_scaling") is not None:
+        fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+    return config_class(**fields)
 
 
 def _read_checksums(description: dict[str, Any]) -> dict[str, str]:
     """The checksums, by names that stay below arrays/."""
-    found = description["checksums"]
+    found = description.get("checksums")
+    if not isinstance(found, dict):
+        raise JetSpecError("it has no checksums")
     for name, value in found.items():
         if not isinstance(value, str) or {"", ".", ".."} & set(name.split("/")):
             raise JetSpecError(f"the checksum {shown(value)} of {shown(name)} is none")
@@ -213,31 +228,36 @@ def load(folder: Path, dtype: str | None = None, mesh: Mesh | None = None,
     config = stored.with_dtype(dtype or stored.dtype)
     config.share(shards_of(mesh)[1])
     try:
-        params = _read_arrays(folder, stored, config, mesh, expected if verify else {})
+        params = _read_arrays(folder, stored, config, mesh, expected if verify else None)
     except Exception as error:  # missing files, wrong shapes and damaged data each raise another type
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             raise JetSpecError(f"{folder} does not fit into the memory that is free ({first_line(error)}): load it "
                                "in a smaller dtype, or over several devices (--tensor-parallel)") from error
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+        if isinstance(error, OSError | jax.errors.JaxRuntimeError) and not missing:  # open files, a disk, a device
+            raise JetSpecError(f"the arrays of {folder} cannot be read: {first_line(error)}") from error
         raise DamagedError(f"the arrays of {folder} are damaged or do not match its description: "
-                           f"{first_line(error)}; convert the original weights again") from error
+                           f"{first_line(error)}") from error
     return config, params
 
 
 def _read_arrays(folder: Path, stored: TargetConfig | DrafterConfig, config: TargetConfig | DrafterConfig,
-                 mesh: Mesh | None, expected: dict[str, str]) -> dict:
+                 mesh: Mesh | None, expected: dict[str, str] | None) -> dict:
     """The parameters of a checkpoint of the shape `stored`, as `config` wants them."""
     arrays = folder / ARRAYS
     entries = [entry.name for entry in arrays.iterdir()]
-    for file in arrays.rglob("*"):
-        if not file.is_dir():
-            check_ordinary(file)
     # Before anything is made for each layer: their names say how many there are.
     if stored.num_layers > len(entries):
         raise ValueError(f"its config has {stored.num_layers} layers, and it holds {len(entries)} arrays")
-    small = {name: value for name, value in expected.items() if (arrays / name).stat().st_size <= SMALL_BYTES}
-    _compare(arrays, small)  # which says what the others hold
+    for file in arrays.rglob("*"):
+        if not file.name.startswith(".") and not file.is_dir():
+            check_ordinary(file)
+    sizes = {name: check_ordinary(arrays / name) for name in expected or ()}
+    _compare(arrays, expected, [name for name, size in sizes.items() if size <= SMALL_BYTES])
     shapes_of = _KINDS[_kind_of(config)][1]
-    check_layout(arrays, shapes_of(stored))
+    used = check_layout(arrays, shapes_of(stored))
+    if expected is not None and used - expected.keys():
+        raise ValueError(f"the description has no checksum of {min(used - expected.keys())}")
     shapes = shapes_of(config)
 
     def read(name: str, leaf: jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:
@@ -246,21 +266,33 @@ def _read_arrays(folder: Path, stored: TargetConfig | DrafterConfig, config: Tar
         return ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=place, global_shape=leaf.shape, strict=True)
 
     with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1)) as reader, \
-            ThreadPoolExecutor(1) as beside:
-        large = beside.submit(_compare, arrays, {name: expected[name] for name in expected.keys() - small.keys()})
+            _threads(1) as beside:
+        large = [beside.submit(_compare, arrays, expected, [name])
+                 for name, size in sizes.items() if size > SMALL_BYTES]
         params = reader.restore(arrays.absolute(), args=ocp.args.PyTreeRestore(
             item=shapes, restore_args=named_map(read, shapes)))
         if mesh is not None:
             params = named_map(lambda name, leaf: arrange(name, leaf, config, mesh), params)
         jax.block_until_ready(params)
-        large.result()
+        for compared in large:
+            compared.result()
     return params
 
 
-def _compare(arrays: Path, expected: dict[str, str]) -> None:
-    """Raises ValueError where a file does not have the checksum that it should have."""
-    for name, value in expected.items():
-        if _checksum(arrays / name) != value:
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that begin nothing more once the block has ended, by Ctrl-C too."""
+    pool = ThreadPoolExecutor(count)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _compare(arrays: Path, expected: dict[str, str] | None, names: list[str]) -> None:
+    """Raises ValueError where one of these files does not have the checksum that it should have."""
+    for name in names:
+        if expected is not None and _checksum(arrays / name) != expected[name]:
             raise ValueError(f"{ARRAYS}/{name} was changed since it was written")
 
 

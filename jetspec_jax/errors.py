@@ -13,7 +13,15 @@ class JetSpecError(ValueError):
 
 
 class DamagedError(JetSpecError):
-    """What this project wrote was changed or truncated since."""
+    """What this project wrote was changed or truncated since.
+
+    Attributes:
+        what: the message without the remedy.
+    """
+
+    def __init__(self, what: str, remedy: str = "convert the original weights again") -> None:
+        super().__init__(f"{what}; {remedy}")
+        self.what = what
 
 
 def shown(value: Any) -> str:

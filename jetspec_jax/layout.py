@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,19 @@ import jax
 import jax.numpy as jnp
 
 from jetspec_jax.config import is_integer
-from jetspec_jax.files import parse_json, read_bytes
+from jetspec_jax.files import check_ordinary, parse_json, read_bytes
 from jetspec_jax.sharding import named_map
 
+TREE = "_METADATA"
 ZARR = {"zarr_format": 2, "order": "C", "compressor": None, "filters": None, "fill_value": None,
         "dimension_separator": "."}
 
 
-def check_layout(arrays: Path, shapes: dict) -> None:
-    """Checks a folder of arrays against the shapes and dtypes that it should hold.
+def check_layout(arrays: Path, shapes: dict) -> set[str]:
+    """Checks a folder of arrays against the shapes and dtypes that it should hold. What else lies there is ignored.
+
+    Returns:
+        The files that make the arrays up, as names below the folder.
 
     Raises:
         Exception: it holds something else, or holds it otherwise than `checkpoint.save` does.
@@ -31,14 +36,19 @@ def check_layout(arrays: Path, shapes: dict) -> None:
     named_map(lambda name, leaf: leaves.setdefault(name.replace("/", "."), leaf), shapes)
     if {file.parent.name for file in arrays.glob("*/.zarray")} != leaves.keys():
         raise ValueError("the names of the stored arrays differ")
-    _check_tree(_read(arrays / "_METADATA"), set(leaves))
-    pieces = {name: _check_pieces(arrays / name, leaf) for name, leaf in leaves.items()}
-    for file in arrays.glob("array_metadatas/*"):
+    _check_tree(_read(arrays / TREE), set(leaves))
+    used, pieces = {TREE}, {}
+    for name, leaf in leaves.items():
+        pieces[name], files = _check_pieces(arrays / name, leaf)
+        used.update(f"{name}/{file}" for file in (*files, ".zarray"))
+    for file in arrays.glob("array_metadatas/process_*"):
         for entry in _read(file)["array_metadatas"]:
             told = entry["array_metadata"]
             shape = leaves[told["param_name"]].shape
             if told["chunk_shape"] != pieces[told["param_name"]] or not _is_shape(told["write_shape"], len(shape)):
                 raise ValueError(f"{file.name} differs")
+        used.add(str(file.relative_to(arrays)))
+    return used
 
 
 def _check_tree(metadata: dict[str, Any], names: set[str]) -> None:
@@ -53,22 +63,23 @@ def _check_tree(metadata: dict[str, Any], names: set[str]) -> None:
         raise ValueError("something is stored that is no array")
 
 
-def _check_pieces(folder: Path, leaf: jax.ShapeDtypeStruct) -> list[int]:
-    """The shape of the pieces of an array, which are all there and whole; uncompressed Zarr, version 2."""
+def _check_pieces(folder: Path, leaf: jax.ShapeDtypeStruct) -> tuple[list[int], set[str]]:
+    """(the shape, the names) of the pieces of an array, which are all there and whole; uncompressed Zarr, version 2."""
     described, dtype = _read(folder / ".zarray"), jnp.dtype(leaf.dtype)
-    piece = described.pop("chunks")
     stored_as = dtype.name if dtype == jnp.bfloat16 else dtype.str
-    if described != {**ZARR, "shape": list(leaf.shape), "dtype": stored_as} or not _is_shape(piece, len(leaf.shape)):
+    expected, piece = {**ZARR, "shape": list(leaf.shape), "dtype": stored_as}, described.get("chunks")
+    if any(name not in described or described[name] != value for name, value in expected.items()) or not _is_shape(
+            piece, len(leaf.shape)):
         raise ValueError(f"the shape or dtype of {folder.name} differs, or how it is stored")
     counts = [-(-size // n) for size, n in zip(leaf.shape, piece, strict=True)]
-    found = {file.name: file.stat().st_size for file in folder.iterdir() if not file.name.startswith(".")}
+    found = {file.name: check_ordinary(file) for file in folder.iterdir() if re.fullmatch(r"[0-9.]*[0-9]", file.name)}
     size = math.prod(piece) * dtype.itemsize
     if len(found) != math.prod(counts) or any(other != size for other in found.values()):
         raise ValueError(f"{folder.name} is truncated or too long: {math.prod(counts)} pieces of {size} bytes make it "
                          f"up, and {len(found)} are there with {sum(found.values())}")
     if found.keys() != {".".join(map(str, at)) for at in itertools.product(*map(range, counts))}:
         raise ValueError(f"the pieces of {folder.name} have other names")
-    return piece
+    return piece, set(found)
 
 
 def _read(file: Path) -> Any:

@@ -63,13 +63,15 @@ def load_pretrained(target: str | Path, head: str | Path | Literal[False] | None
         folder = _find(preset.target_source if preset else str(target), "target", preset)
     has_head = head is not False and (head is not None or (preset is not None and preset.head_source is not None))
     head_folder = _head_folder(None if head is False else head, preset) if has_head else None
+    head_shape = None if head_folder is None else _read_config(head_folder, "head")
+    seen = _identity(folder)
     try:
-        pair = _load_target(folder, head_folder, dtype, mesh, tiles, verify)
+        pair = _load_target(folder, head_shape, dtype, mesh, tiles, verify)
     except DamagedError as error:
         if not embedded:
             raise
-        warnings.warn(f"{error}. It is made again", stacklevel=2)
-        pair = _load_target(_embedded_default(anew=True), head_folder, dtype, mesh, tiles, verify)
+        warnings.warn(f"{error.what}: the default model is made again", stacklevel=2)
+        pair = _load_target(_embedded_default(damaged=seen), head_shape, dtype, mesh, tiles, verify)
     return pair if head_folder is None else _join(pair, head_folder, dtype, tiles, verify)
 
 
@@ -86,7 +88,7 @@ def with_head(pair: Pair, head: str | Path, *, dtype: str | None = None, verify:
         JetSpecError: an unknown head, or one that does not fit.
     """
     folder = _head_folder(head, None)
-    _check_head(folder, pair.target_config, pair.mesh)
+    _check_head(_read_config(folder, "head"), pair.target_config, pair.mesh)
     return _join(pair, folder, _dtype(dtype), None if pair.target_config.weight_tile else False, verify)
 
 
@@ -95,9 +97,9 @@ def load_head(head: str | Path, *, dtype: str | None = None) -> tuple[DrafterCon
     return _load(_head_folder(head, None), "head", _dtype(dtype), None, tiles=False, verify=True)
 
 
-def _load_target(folder: Path, head: Path | None, dtype: str | None, mesh: Mesh | None, tiles: bool | None,
+def _load_target(folder: Path, head: DrafterConfig | None, dtype: str | None, mesh: Mesh | None, tiles: bool | None,
                  verify: bool) -> Pair:
-    """The target alone, once it is known to fit the mesh and the head in the folder `head`."""
+    """The target alone, once it is known to fit the mesh and the head."""
     shape = _read_config(folder, "target")
     shape.share(shards_of(mesh)[1])
     if head is not None:  # what does not fit should not cost the loading of a large target
@@ -151,11 +153,10 @@ def _head_folder(head: str | Path | None, preset: Preset | None) -> Path:
     return _find(str(head), "head")
 
 
-def _check_head(folder: Path, target: TargetConfig, mesh: Mesh | None) -> None:
+def _check_head(head: DrafterConfig, target: TargetConfig, mesh: Mesh | None) -> None:
     """Raises JetSpecError for a head that does not fit its target or the mesh."""
-    shape = _read_config(folder, "head")
-    shape.check_fits(target)
-    shape.share(shards_of(mesh)[1])
+    head.check_fits(target)
+    head.share(shards_of(mesh)[1])
 
 
 def _shipped_head(name: str) -> Path:
@@ -206,29 +207,44 @@ def _load_tokenizer(source: Path) -> Any:
     try:
         return load_tokenizer(source / checkpoint.TOKENIZER)
     except JetSpecError as error:  # it could be loaded when it was written
-        raise DamagedError(str(error)) from error
+        raise DamagedError(str(error), "convert the original model again") from error
 
 
-def _embedded_default(anew: bool = False) -> Path:
-    """The converted embedded default, made on first use, or anew where it is damaged."""
+def _embedded_default(damaged: tuple[int, int] | None = None) -> Path:
+    """The converted embedded default, made on first use, or anew if it is still the one of the identity `damaged`."""
     cache = cache_folder() / "smollm2-135m"
     converted = cache / f"checkpoint-v{checkpoint.VERSION}"
-    if anew or not _is_whole(converted):
+
+    def is_whole() -> bool:
+        try:
+            config = checkpoint.load_config(converted)
+        except JetSpecError:
+            return False
+        known = config == PRESETS["smollm2-135m"].target and _identity(converted) != damaged
+        return known and (converted / checkpoint.TOKENIZER / "tokenizer.json").is_file()
+
+    if not is_whole():
         (gguf,) = fetch(SMOLLM2_GGUF, cache)
-        with FileLock(cache / "convert.lock"):
-            if anew or not _is_whole(converted):
-                if converted.is_dir():
-                    shutil.rmtree(converted, ignore_errors=True)
-                else:
-                    converted.unlink(missing_ok=True)
+        with FileLock(cache / "convert.lock"):  # other processes that find the same wait, and look again
+            if not is_whole():
+                for version in range(1, checkpoint.VERSION + 1):  # what earlier releases left too
+                    _remove(cache / f"checkpoint-v{version}")
                 convert.convert_target(gguf, converted, label=gguf.name)
     return converted
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether a folder describes a checkpoint, and has a tokenizer. (Who loads it looks at the arrays.)"""
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Tells a converted folder from one that was put in its place."""
     try:
-        checkpoint.load_config(folder)
-    except JetSpecError:
-        return False
-    return (folder / checkpoint.TOKENIZER / "tokenizer.json").is_file()
+        found = (folder / checkpoint.DESCRIPTION).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _remove(path: Path) -> None:
+    """Whatever lies there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,8 +17,9 @@ import pytest
 from jetspec_jax import JetSpecError, checkpoint
 from jetspec_jax.errors import DamagedError
 from jetspec_jax.head import head_shapes
+from jetspec_jax.sharding import make_mesh
 from jetspec_jax.target import target_shapes
-from tests.models import random_pair, tiny_head, tiny_target
+from tests.models import on_mesh, random_pair, tiny_head, tiny_target
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +97,7 @@ def test_the_first_version_had_no_checksums(pair, copy):
     file.write_text(json.dumps({**description, "version": 1}))
     jax.tree.map(np.testing.assert_array_equal, checkpoint.load(copy)[1], pair.params.target)
     file.write_text(json.dumps(description))
-    with pytest.raises(JetSpecError, match="damaged: 'checksums'"):
+    with pytest.raises(JetSpecError, match="damaged: it has no checksums"):
         checkpoint.load(copy)
 
 
@@ -238,6 +240,65 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     with checkpoint.written_beside(tmp_path / "out") as beside:
         (beside / "whole").write_text("written")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".other.k1ll3d.partial", ".outer.k1ll3d.partial", "out"]
+
+
+def test_neighbours_are_no_leftovers(tmp_path):
+    """qwen2 beside qwen2.5."""
+    with checkpoint.written_beside(tmp_path / "model.v2") as one:
+        with checkpoint.written_beside(tmp_path / "model"):
+            pass
+        assert one.is_dir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.v2"]
+
+
+def test_long_names_are_written(tmp_path):
+    with checkpoint.written_beside(tmp_path / ("x" * 255)):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["x" * 255]
+
+
+def test_the_home_folder_is_written_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with checkpoint.written_beside(Path("~/out")):
+        pass
+    assert (tmp_path / "out").is_dir()
+
+
+def test_what_systems_leave_in_folders_is_no_damage(pair, copy):
+    arrays = copy / checkpoint.ARRAYS
+    for folder in (arrays, arrays / "array_metadatas", arrays / "params.embedding"):
+        for name in (".DS_Store", "._0.0", "desktop.ini", "README"):
+            (folder / name).write_bytes(b"\xff\x00")
+        (folder / "@eaDir").mkdir()
+    (arrays / ".#README").symlink_to("nowhere")
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.load(copy)[1], pair.params.target)
+
+
+def test_a_file_without_a_checksum_is_not_trusted(copy):
+    file = copy / checkpoint.DESCRIPTION
+    description = json.loads(file.read_text())
+    del description["checksums"]["params.embedding/0.0"]
+    file.write_text(json.dumps(description))
+    with pytest.raises(DamagedError, match=r"no checksum of params\.embedding/0\.0"):
+        checkpoint.load(copy)
+
+
+def test_a_device_behind_a_link_is_not_read(copy, in_time):
+    (copy / checkpoint.ARRAYS / "link").symlink_to("/dev")
+    file = copy / checkpoint.DESCRIPTION
+    description = json.loads(file.read_text())
+    description["checksums"]["link/zero"] = "00000000"
+    file.write_text(json.dumps(description))
+    with pytest.raises(DamagedError, match="zero is no ordinary file"):
+        checkpoint.load(copy)
+
+
+def test_a_shared_model_is_not_written_as_another(tmp_path):
+    """Over a mesh, the columns of fused matrices lie in another order."""
+    shared = on_mesh(random_pair(0, tiny_target(dtype="float32", vocab_size=24)), make_mesh(2))
+    with pytest.raises(JetSpecError, match="without a mesh"), checkpoint.written_beside(tmp_path / "out") as beside:
+        checkpoint.save(beside, shared.target_config, shared.params.target, "a test")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nobody_writes_the_same_folder_at_once(tmp_path):

