@@ -39,7 +39,7 @@ from jetspec_jax.config import (
     require,
 )
 from jetspec_jax.errors import DamagedError, JetSpecError, first_line, shown
-from jetspec_jax.files import check_ordinary, local_path, locked, read_json
+from jetspec_jax.files import MAX_JSON, check_ordinary, local_path, locked, read_json
 from jetspec_jax.head import head_shapes
 from jetspec_jax.layout import check_layout
 from jetspec_jax.sharding import arrange, named_map, shards_of, stored_spec
@@ -258,6 +258,8 @@ def _read_arrays(folder: Path, stored: TargetConfig | DrafterConfig, config: Tar
     used = check_layout(arrays, shapes_of(stored))
     if expected is not None and used - expected.keys():
         raise ValueError(f"the description has no checksum of {min(used - expected.keys())}")
+    for name in sizes.keys() - used:
+        check_ordinary(arrays / name, MAX_JSON)  # what else Orbax writes is never large
     shapes = shapes_of(config)
 
     def read(name: str, leaf: jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:
