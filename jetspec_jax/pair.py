@@ -8,7 +8,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jetspec_jax.chat_template import render
+from jetspec_jax.chat_template import render, title
 from jetspec_jax.config import DrafterConfig, TargetConfig, TransformerConfig
 from jetspec_jax.draft import Params, count_parameters
 from jetspec_jax.errors import JetSpecError, first_line, shown
@@ -91,8 +91,8 @@ class Pair:
         except JetSpecError:
             raise
         except Exception as error:  # a template is a program, which fails in every way
-            raise JetSpecError(f"the chat template of this target refuses these messages{asked} ({type(error).__name__}"
-                               f": {first_line(error)}): change them, leave the system message out, or give the "
+            raise JetSpecError(f"{title(self.tokenizer, switches)} refuses these messages{asked} "
+                               f"({type(error).__name__}: {first_line(error)}): change them, leave the system message out, or give the "
                                "template what it asks for (pair.chat(..., name=value); decode.py: --chat-option "
                                "name=value)") from error
         _check_unicode(text)
