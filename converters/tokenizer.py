@@ -63,11 +63,18 @@ def load_tokenizer(source: Path) -> Any:
     pickle and no other path; nor does it ask anybody or use the network.
 
     Raises:
-        JetSpecError: a damaged tokenizer, or one that is code; see `save_tokenizer`.
+        JetSpecError: a damaged tokenizer, or one that is code (see `save_tokenizer`); or there is no room for the copy.
     """
-    with tempfile.TemporaryDirectory() as copy:
+    try:
+        temporary = tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise _cannot_copy(source, error) from error
+    with temporary as copy:
         folder = Path(copy)
-        save_tokenizer(source, folder)
+        try:
+            save_tokenizer(source, folder)
+        except OSError as error:
+            raise _cannot_copy(source, error) from error
         if not any(all((folder / name).is_file() for name in names) for names in WHOLE):
             return None
         from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -80,8 +87,14 @@ def load_tokenizer(source: Path) -> Any:
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise JetSpecError(f"the tokenizer in {source} cannot be loaded: its class is none of a "
                            f"tokenizer but {type(tokenizer).__name__}")
-    tokenizer.name_or_path = str(source)
+    for settings in (tokenizer.init_kwargs, vars(tokenizer)):  # the copy is gone
+        settings.update({name: value.replace(copy, str(source), 1) for name, value in settings.items()
+                         if isinstance(value, str) and value.startswith(copy)})
     return tokenizer
+
+
+def _cannot_copy(source: Path, error: OSError) -> JetSpecError:
+    return JetSpecError(f"cannot copy the tokenizer of {source} into TMPDIR: {error.strerror or error}")
 
 
 def _more_templates(folder: Path) -> list[Path]:
@@ -110,6 +123,8 @@ def _check_no_code(file: Path, settings: dict[str, Any]) -> None:
 
 def _without_files(value: Any) -> Any:
     """Settings without those that name files, nor code, at any depth."""
+    if isinstance(value, list):
+        return [_without_files(inner) for inner in value]
     if not isinstance(value, dict):
         return value
     return {name: _without_files(inner) for name, inner in value.items()

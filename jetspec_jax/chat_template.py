@@ -50,8 +50,8 @@ def render(tokenizer: Any, conversation: Sequence[Mapping[str, Any]], switches: 
         JetSpecError: a template that goes beyond these bounds.
         Exception: a template is a program, which fails in every way.
     """
-    template, name = tokenizer.get_chat_template(switches.get("chat_template"), switches.get("tools")), title(
-        tokenizer, switches)
+    name = title(tokenizer, switches)
+    template = tokenizer.get_chat_template(switches.get("chat_template"), switches.get("tools"))
     if len(template) > MAX_TEMPLATE:
         raise JetSpecError(f"{name} has {len(template)} characters, and no template needs more than {MAX_TEMPLATE}: "
                            "remove or replace it")
@@ -125,12 +125,11 @@ def _is_dangerous(node: nodes.Node, variables: Mapping[str, _Measure]) -> bool:
     if isinstance(node, nodes.Mod):
         return _is_padded(PERCENT_WIDTH, node.left, [node.right], variables)
     assert isinstance(node, nodes.Filter | nodes.Call)
-    name, text = (node.name, node.node) if isinstance(node, nodes.Filter) else (
-        getattr(node.node, "attr", None), node.node)
+    name = node.name if isinstance(node, nodes.Filter) else getattr(node.node, "attr", None)
     arguments = [*node.args, *(argument.value for argument in node.kwargs)]
     if name in FORMATTING:
         pattern = PERCENT_WIDTH if isinstance(node, nodes.Filter) else BRACE_WIDTH
-        return _is_padded(pattern, text, arguments, variables)
+        return _is_padded(pattern, node.node, arguments, variables)
     return name in REPEATING and any(_measure(argument, variables).size > MAX_NUMBER for argument in arguments)
 
 

@@ -27,7 +27,8 @@ def enough_memory(decoder: Decoder, batch: int, slots: int, mesh: Mesh | None) -
     """Within it, memory that runs out is a user's mistake.
 
     XLA says so where it gets no memory. Linux promises more than it has, and ends the process that then asks for it:
-    what a CPU is asked for is compared with what is left.
+    what a CPU is asked for is compared with what is left. Not where several processes decode together: each would
+    decide for itself, and the others wait for one that gave up.
 
     Args:
         batch: sequences of each device.
@@ -39,7 +40,7 @@ def enough_memory(decoder: Decoder, batch: int, slots: int, mesh: Mesh | None) -
     size = state_bytes(decoder, batch, slots)
     full = (f"{batch} x {slots} tokens take {_gigabytes(size)} on a device, and there is not enough memory: lower "
             "batch_size or max_new_tokens")
-    free = free_memory() if jax.default_backend() == "cpu" else None
+    free = free_memory() if jax.default_backend() == "cpu" and jax.process_count() == 1 else None
     devices = 1 if mesh is None else len(mesh.local_devices)
     if free is not None and size * devices > free:
         raise JetSpecError(f"{full} ({_gigabytes(free)} are left)")

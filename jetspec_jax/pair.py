@@ -92,9 +92,9 @@ class Pair:
             raise
         except Exception as error:  # a template is a program, which fails in every way
             raise JetSpecError(f"{title(self.tokenizer, switches)} refuses these messages{asked} "
-                               f"({type(error).__name__}: {first_line(error)}): change them, leave the system message out, or give the "
-                               "template what it asks for (pair.chat(..., name=value); decode.py: --chat-option "
-                               "name=value)") from error
+                               f"({type(error).__name__}: {first_line(error)}): change them, leave the system message "
+                               "out, or give the template what it asks for (pair.chat(..., name=value); decode.py: "
+                               "--chat-option name=value)") from error
         _check_unicode(text)
         return ChatText(text)
 

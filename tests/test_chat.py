@@ -161,14 +161,75 @@ def test_chats_that_are_refused(pair_with, template, messages, options, reason):
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("template", [
-    "{{ 'a' * 10**10 }}", "{{ 'a' * 9999999999 }}", "{{ 'a' * 1000000 * 1000000 }}", "{{ ('a' * 1000) * (500 + 501) }}",
-    "{{ [0] * 1e9 }}", "{{ 'a' * '9999999999' | int }}", "{{ '%9999999999d' % 1 }}", "{{ '{:>9999999999}'.format(1) }}",
-    "{% generation %}{{ 2 ** 3 }}{% endgeneration %}", "{% for m in messages %}{% continue %}{{ 2 ** 3 }}{% endfor %}"])
+DANGEROUS = r"""
+'a' * 10**10
+'a' * 9999999999
+9999999 * 'a'
+n * 9999999
+'a' * 1000000 * 1000000
+('a' * 1000) * (500 + 501)
+[0] * 1e9
+'a' * '9999999999' | int
+2 ** n
+10 ** 7
+2 ** 3 ** 2
+0 ** -1
+'%9999999d' % 1
+'%(a)-9999999s' % n
+'%*d' % (9999999, 1)
+'%9999999d' | format(1)
+'{:>9999999}'.format(1)
+'{:{}}'.format(1, 9999999)
+n | center(9999999)
+n.ljust(9999999)
+n | indent(width=9999999)
+n | batch(9999999, 0) | list
+n | tojson(indent=9999999)
+1.5 | round(9999999, 'ceil')
+(1).to_bytes(9999999, 'big')
+""".strip().splitlines()
+DANGEROUS_LATER = [
+    "{% set n = 45000 %}{{ ('x' * n * n) | length }}", "{% set n = 9999999 %}{{ 'x' * n }}",
+    "{% set n = 4500 %}{% set a = 'x' * n %}{{ a * n }}",
+    "{% set ns = namespace(n=1) %}{% set ns.n = 9999999 %}{{ 'x' * ns.n }}",
+    "{% set ns = namespace(n=9999999) %}{{ 'x' * ns.n }}",
+    "{% generation %}{{ 2 ** n }}{% endgeneration %}", "{% for m in messages %}{% continue %}{{ 2 ** n }}{% endfor %}"]
+
+
+@pytest.mark.parametrize("template", [*("{{ " + line + " }}" for line in DANGEROUS), *DANGEROUS_LATER])
 def test_numbers_with_which_one_line_takes_all_memory(pair_with, template):
     """They are refused before Jinja folds them, which it does when it compiles."""
-    with pytest.raises(JetSpecError, match=r"line 2 of the chat template .* a power or a number above 1000000"):
+    with pytest.raises(JetSpecError, match=r"^line 2 of the chat template of this target has a power, or repeats or "
+                                           "pads by a number above 1000000, which could take all memory: remove it"):
         pair_with(tokenizer(template="\n" + template)).chat("Hi")
+
+
+@pytest.mark.parametrize(("template", "text"), [
+    ("{% set t = 1735689600 %}{{ t }}", "1735689600"), ("{{ messages | length < 1048576 }}", "True"),
+    ("{{ 2**3 }}", "8"), ("{{ 10 ** 6 }}", "1000000"), ("{{ 1 ** 999999 }}", "1"),
+    ("{{ x | default('call_123456789') }}", "call_123456789"),
+    ("{{ 'a0123456789' | replace('0123456789', '') }}", "a"), ("{{ ' 123456789'.strip() }}", "123456789"),
+    ("{{ '1234567890 x ' | trim }}", "1234567890 x"), ("{% set t = 1735689600 %}{{ t * 1000 }}", "1735689600000"),
+    ("{{ messages | length * 9999999 }}", "9999999"), ("{{ (9 - messages | length) * 9999999 }}", "79999992"),
+    ("{{ 5000 * 5000 }}", "25000000"), ("{% set ns = namespace(t=1735689600, n=2) %}{{ '-' * ns.n }}", "--"),
+    ("{{ 1735689600 % 7 }}", "1"), ("{{ '%d' % 1735689600 }}", "1735689600"),
+    ("{{ '%s' | format(12345678) }}", "12345678"), ("{{ 'id:12345678 {}'.format(12345678) }}", "id:12345678 12345678"),
+    ("{{ '12345678' | center(10) }}", " 12345678 "), ("{{ 'a%20' ~ 12345678 }}", "a%2012345678"),
+    ("{{ {'id': 12345678} | tojson(indent=1) }}", '{\n "id": 12345678\n}')])
+def test_other_numbers_are_harmless(pair_with, template, text):
+    assert pair_with(tokenizer(template=template)).chat("Hi") == text
+
+
+@pytest.mark.parametrize(("template", "reason"), [
+    ("{% if", "^the chat template that was passed refuses these messages"),
+    ("{{ 2 ** n }}", "^line 1 of the chat template that was passed has a power"),
+    ("{{ 'a' * 999999 }}" * 17, "^the chat template that was passed wrote 16999983 characters"),
+    ("{{ 1 }}" * 150_000, "^the chat template that was passed has 1050000 characters"),
+    ("rag", "^line 1 of the chat template of this target has a power")])
+def test_an_error_says_whose_template_it_is(pair_with, template, reason):
+    pair = pair_with(tokenizer(template={"default": PLAIN, "rag": "{{ 2 ** n }}"}))
+    with pytest.raises(JetSpecError, match=reason):
+        pair.chat("Hi", chat_template=template)
 
 
 DOUBLING = "{% set n = namespace(a=START) %}{% for i in range(60) %}{% set n.a = n.a OP n.a %}{% endfor %}"
@@ -264,7 +325,6 @@ def test_templates_like_those_of_models_are_not_changed(pair_with):
     assert pair.chat(TALK, "S", chat_template="other") == "<s>[INST] Hi[/INST] Hello.</s>[INST] S\n\nWhy?[/INST]"
     with pytest.raises(JetSpecError, match="roles must alternate"):
         pair.chat([*TALK, TALK[0]], chat_template="other")
-    assert "1234567890" in pair.chat("{{ '1234567890' }}", chat_template='{{ \'{"id": 1234567890}\' }}{{ 999999 }}')
 
 
 def test_text_that_cannot_be_encoded(pair_with):

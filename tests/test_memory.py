@@ -1,5 +1,7 @@
 """What decoding takes of memory, and what a user hears where there is not enough."""
 
+from contextlib import nullcontext
+
 import jax
 import pytest
 
@@ -28,6 +30,15 @@ def test_what_a_cpu_has_not_is_refused_before_it_is_asked(batch, mesh, sequences
         pass
     assert str(error.value) == (f"{batch} x {SLOTS} tokens take {each:.1f} GB on a device, and there is not enough "
                                 f"memory: lower batch_size or max_new_tokens ({left:.1f} GB are left)")
+
+
+def test_several_processes_do_not_decide_each_for_itself(monkeypatch):
+    """One that gave up would leave the others waiting."""
+    monkeypatch.setattr(memory, "free_memory", lambda: 0)
+    for processes, refused in ((1, pytest.raises(JetSpecError)), (2, nullcontext())):
+        monkeypatch.setattr(jax, "process_count", lambda count=processes: count)
+        with refused, enough_memory(Decoder(tiny_target(), NoDrafter()), 1, 256, None):
+            pass
 
 
 def test_what_xla_cannot_allocate_is_told(monkeypatch):

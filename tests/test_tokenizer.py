@@ -1,10 +1,15 @@
 """Tokenizers of strangers: nothing of theirs runs, nobody is asked, no other file is opened; damage is one line."""
 
+import copy
+import errno
 import io
 import json
 import os
+import pickle
 import socket
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -88,17 +93,52 @@ def test_settings_that_name_other_files_stay_behind(folder):
     secret.write_text('{"a": 0}')
     named = {"tokenizer_file": str(secret), "vocab_file": "/dev/zero", "merges_file": str(secret), "vocab": str(secret),
              "merges": [], "fast_tokenizer_files": ["../secret.json"], "init_inputs": [str(secret)],
-             "name_or_path": "x", "sp_model_kwargs": {"model_file": str(secret), "alpha": 0.5}}
+             "name_or_path": "x", "sp_model_kwargs": {"model_file": str(secret), "alpha": 0.5},
+             "special": [[{"vocab_file": str(secret), "x": 1}]]}
     change(folder, **named)
     change(folder, "special_tokens_map.json", tokenizer_file=str(secret), eos_token="</s>")
     assert len(_load_tokenizer(folder)) == 260
     save_tokenizer(folder / "tokenizer", folder / "copy")
     kept = json.loads((folder / "copy" / "tokenizer_config.json").read_text())
-    assert kept.keys() & named.keys() == {"sp_model_kwargs"}
+    assert kept.keys() & named.keys() == {"sp_model_kwargs", "special"}
     assert kept["sp_model_kwargs"] == {"alpha": 0.5}
+    assert kept["special"] == [[{"x": 1}]]
     assert json.loads((folder / "copy" / "special_tokens_map.json").read_text()) == {"eos_token": "</s>"}
     assert {file.name for file in (folder / "copy").iterdir()} == {
         "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}
+
+
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "CTRLTokenizer"])  # one of the Rust library, and one in Python
+def test_nothing_of_a_loaded_tokenizer_leads_to_the_copy(tmp_path, name):
+    source, copied = tmp_path / "source", tmp_path / "copied"
+    source.mkdir()
+    (source / "vocab.json").write_text(json.dumps({"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3, "<unk>": 4}))
+    (source / "merges.txt").write_text("#version: 0.2\na b\n")
+    (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+    loaded = load_tokenizer(source)
+    ids = loaded("ab")["input_ids"]
+    for settings in (loaded.init_kwargs, vars(loaded)):
+        paths = {value for value in settings.values() if isinstance(value, str) and os.sep in value}
+        assert paths <= {str(source), str(source / "vocab.json"), str(source / "merges.txt")}
+        assert settings["name_or_path"] == str(source)
+    loaded.save_pretrained(copied)
+    for other in (copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded)), load_tokenizer(copied)):
+        assert other("ab")["input_ids"] == ids
+
+
+@pytest.mark.parametrize("full", ["folder", "file"])
+def test_no_room_for_the_copy(folder, monkeypatch, full):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if full == "folder":
+        monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    else:
+        monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(JetSpecError) as refused:
+        _load_tokenizer(folder)
+    assert str(refused.value) == (f"cannot copy the tokenizer of {folder / 'tokenizer'} into TMPDIR: No space left on "
+                                  "device")
 
 
 def test_the_model_names_the_class_where_the_tokenizer_does_not(folder):
