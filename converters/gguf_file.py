@@ -101,12 +101,18 @@ class GGUFFile:
 
         Raises:
             JetSpecError: a tokenizer that is not byte-level BPE with a known pre-tokenizer, or a damaged one.
+            OSError: the files cannot be written.
         """
         if self._fields.get("tokenizer.ggml.model") is None:
             return
         with tokenizer_errors(f"{self.label}: its tokenizer is damaged"):
             tokenizer = self._tokenizer()
-        tokenizer.save_pretrained(folder)
+        try:
+            tokenizer.save_pretrained(folder)
+        except OSError:
+            raise
+        except Exception as error:  # the Rust library has no other kind for a full disk
+            raise OSError(first_line(error)) from error
 
     def _dequantized(self, tensor: GGUFTensor) -> np.ndarray:
         from gguf.quants import dequantize

@@ -8,12 +8,14 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from converters.assemble import take_apart
 from converters.cli import main
 from converters.gguf_file import GGUFFile
 from converters.gguf_header import read_header
 from converters.names import gguf_name, target_slots
+from converters.tokenizer import load_tokenizer
 from jetspec_jax import JetSpecError, checkpoint, load_pretrained
 from jetspec_jax.config import RopeScaling
 from jetspec_jax.target import target_shapes
@@ -252,6 +254,20 @@ def test_all_chat_templates_travel(example, tmp_path):
     for source in ("model.gguf", "out"):
         pair = load_pretrained(tmp_path / source)
         assert (pair.chat("c"), pair.chat("c", chat_template="tool_use")) == ("ac", "cb")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), Exception("No space left on device\n(28)")])
+def test_no_room_for_the_copy_of_a_tokenizer(example, monkeypatch, error):
+    """The Rust library raises the second."""
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", refuse)
+    with pytest.raises(JetSpecError) as refused:
+        load_tokenizer(example[0])
+    assert "\n" not in str(refused.value)
+    assert str(refused.value).startswith(
+        f"cannot copy the tokenizer of {example[0]} into TMPDIR: No space left on device")
 
 
 def test_a_chat_template_is_text(example, tmp_path, capsys):

@@ -25,6 +25,9 @@ class Numbers:
     def decode(self, ids, skip_special_tokens=True):
         return " ".join(map(str, ids))
 
+    def get_chat_template(self, *_):
+        return self.chat_template
+
     def apply_chat_template(self, messages, **_):
         return messages[-1]["content"]
 
