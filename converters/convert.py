@@ -77,6 +77,7 @@ def read_config(source: Path, kind: str) -> TargetConfig | HeadConfig:
 def convert_target(source: Path, out: Path, dtype: str | None = None, progress: bool = True,
                    label: str | None = None) -> None:
     """Converts a target, with its tokenizer and chat template, into a checkpoint at `out`."""
+    _check_unconverted(source)
     with checkpoint.written_beside(out) as folder:
         load_tokenizer(source)  # else nobody would know until it is needed
         save_tokenizer(source, folder / checkpoint.TOKENIZER)
@@ -87,6 +88,7 @@ def convert_target(source: Path, out: Path, dtype: str | None = None, progress: 
 def convert_head(source: Path, out: Path, dtype: str | None = None, progress: bool = True,
                  label: str | None = None) -> None:
     """Converts a released head into a checkpoint at `out`."""
+    _check_unconverted(source)
     with checkpoint.written_beside(out) as folder:
         config, params = read_head(source, dtype, progress)
         checkpoint.save(folder, config, params, label or str(source))
@@ -94,6 +96,8 @@ def convert_head(source: Path, out: Path, dtype: str | None = None, progress: bo
 
 def export_head(source: Path, out: Path, progress: bool = True) -> None:
     """Writes a head checkpoint in the released format: config.json and model.safetensors."""
+    if not checkpoint.is_checkpoint(source) and (source / "config.json").is_file():
+        raise JetSpecError(f"{source} is in the released format already (it has a config.json): use it as it is")
     with checkpoint.written_beside(out) as folder:
         config, params = checkpoint.load(source)
         if not isinstance(config, HeadConfig):
@@ -132,6 +136,11 @@ def resolve_source(source: str) -> Path:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise JetSpecError(f"{source[:200]} is no local path and cannot be fetched from the Hugging Face hub "
                            f"({type(error).__name__}: {reason[:200]})") from error
+
+
+def _check_unconverted(source: Path) -> None:
+    if checkpoint.is_checkpoint(source):
+        raise JetSpecError(f"{source} is converted already (it has a {checkpoint.DESCRIPTION}): use it as it is")
 
 
 def _read(source: TensorSource, config: Any, slots: list[Slot], dtype: str | None, progress: bool,

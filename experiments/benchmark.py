@@ -25,6 +25,7 @@ from experiments.common import (
     claim_output,
     load,
     require_at_least,
+    require_present,
     run_main,
     tree_of,
     write_text,
@@ -34,7 +35,7 @@ from experiments.peers import PEERS, Peer, PeerAnswer
 from experiments.phases import ready_state, shares
 from experiments.plots import Line, Panel, save_plot
 from jetspec_jax import JetSpecError, Pair, PromptLookup, SamplingParams, TreeConfig, with_head
-from jetspec_jax.arguments import Parser, integer, number, user_path
+from jetspec_jax.arguments import Parser, integer, number, seed, user_path, within
 from jetspec_jax.config import MAX_TREE_BUDGET, Builder, HeadConfig
 from jetspec_jax.decode import Decoder
 from jetspec_jax.generate import Draft, Generation, drafter_of, generate
@@ -71,6 +72,7 @@ def main() -> None:
     args = build_parser().parse_args()
     budgets, names = parse_budgets(args.budgets), parse_methods(args.methods)
     require_at_least(args, limit=1, max_new_tokens=2, repeats=1)
+    require_present(args.model, args.head, args.bidirectional_head, args.autoregressive_head)
     claim_output(args.out)
     sampling = SamplingParams(args.temperature)
     suites = {name: pick(suite_messages(name, cache_folder() / "sources"), args.limit) for name in args.suite}
@@ -180,10 +182,11 @@ def pick(messages: list[str], limit: int) -> list[str]:
 
 
 def parse_budgets(text: str) -> list[int]:
-    budgets = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
-    if not all(1 <= budget <= MAX_TREE_BUDGET for budget in budgets):
-        raise JetSpecError(f"--budgets takes numbers from 1 to {MAX_TREE_BUDGET} like 16,64,256, not {text!r}")
-    return sorted(set(budgets))
+    """"64,16" -> [16, 64]."""
+    try:
+        return sorted({within(1, MAX_TREE_BUDGET)(part) for part in text.split(",")})
+    except argparse.ArgumentTypeError as error:
+        raise JetSpecError(f"--budgets takes numbers like 16,64,256: {error}") from error
 
 
 def parse_methods(text: str) -> list[str]:
@@ -243,7 +246,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--lookup-ngram", type=integer, default=3, help="default %(default)s")
     parser.add_argument("--lookup-length", type=integer, default=7, help="default %(default)s")
     parser.add_argument("--temperature", type=number, default=0.0, help="default greedy")
-    parser.add_argument("--seed", type=integer, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--repeats", type=integer, default=5, help="timings per phase (default %(default)s)")
     return parser
 

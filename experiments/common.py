@@ -18,7 +18,7 @@ from typing import get_args
 import jax
 from jax.sharding import Mesh
 
-from converters.convert import looks_like_hub_id
+from converters.convert import looks_like_hub_id, resolve_source
 from jetspec_jax import PRESETS, JetSpecError, Pair, SamplingParams, TreeConfig, load_pretrained
 from jetspec_jax.arguments import integer, number, one_line
 from jetspec_jax.config import FLOAT_DTYPES, MAX_TREE_BUDGET, MAX_TREE_WIDTH, TREE_WIDTHS, Builder
@@ -139,6 +139,17 @@ def require_head(args: argparse.Namespace) -> None:
     if known and args.head is None and (preset is None or not preset.head_source):
         raise JetSpecError(f"no draft head is known for {args.model}: name one with --head (experiments/train_head.py "
                            "trains one), or take --draft lookup or none")
+
+
+def require_present(*sources: str | None) -> None:
+    """Before long work: that targets and heads are there (a hub id is fetched); None and a preset's name pass.
+
+    Raises:
+        JetSpecError: one of them is not.
+    """
+    for source in sources:
+        if source is not None and source not in PRESETS:
+            resolve_source(source)
 
 
 def require_at_least(args: argparse.Namespace, **least: int) -> None:

@@ -37,7 +37,7 @@ from experiments.common import (
     tree_from,
 )
 from jetspec_jax import JetSpecError, Pair, PromptLookup, SamplingParams
-from jetspec_jax.arguments import Parser, integer, user_path, utf8
+from jetspec_jax.arguments import Parser, integer, seed, user_path, utf8
 from jetspec_jax.generate import Draft, Generation, StreamChunk, default_tree, stream
 from jetspec_jax.pair import check_switches
 from jetspec_jax.suites import read_prompt_text, read_prompts_jsonl
@@ -55,8 +55,6 @@ def main() -> None:
     sampling, messages = sampling_from(args), read_prompts(args)
     if args.max_new_tokens < 1:
         raise JetSpecError(f"--max-new-tokens must be at least 1, not {args.max_new_tokens}")
-    if not 0 <= args.seed < 2**32:
-        raise JetSpecError(f"--seed must be from 0 to 2**32 - 1, not {args.seed}")
     if (read_switches(args.chat_option) or args.system is not None) and args.no_chat_template:
         raise JetSpecError("--system and --chat-option are for the chat template: they cannot go with "
                            "--no-chat-template")
@@ -309,9 +307,9 @@ def build_parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", metavar="TEXT", type=utf8, help="default: a few prompts of our own")
     what.add_argument("--prompt-file", metavar="F", type=user_path,
-                      help='one prompt a line, or .jsonl with {"prompt": ...}')
+                      help='one prompt a line, or .jsonl with {"prompt": ...}; a pipe is read as plain lines')
     parser.add_argument("--max-new-tokens", type=integer, default=128, help="of each answer (default %(default)s)")
-    parser.add_argument("--seed", type=integer, default=0, help="of the noise at a temperature above 0")
+    parser.add_argument("--seed", type=seed, default=0, help="of the noise at a temperature above 0")
     parser.add_argument("--system", metavar="TEXT", type=utf8, help="system message for the chat template")
     parser.add_argument("--chat-option", action="append", default=[], metavar="NAME=VALUE", type=utf8,
                         help="what the chat template reads besides, like enable_thinking=false or chat_template=rag; "

@@ -26,22 +26,26 @@ from experiments.common import (
     sampling_from,
 )
 from jetspec_jax import JetSpecError, Pair
-from jetspec_jax.arguments import Parser, integer, user_path
+from jetspec_jax.arguments import Parser, integer, seed, user_path, within
 from jetspec_jax.config import FLOAT_DTYPES
+from jetspec_jax.errors import shown
 from jetspec_jax.presets import PRESETS, default_target_layer_ids
 from jetspec_jax.pretrained import cache_folder
 from jetspec_jax.text import ChatText
 from jetspec_jax.training.dataset import DatasetInfo, DatasetWriter
-from jetspec_jax.training.prompts import SOURCES, collect_prompts, conversations, suite_exclusion
+from jetspec_jax.training.prompts import SOURCES, check_source, collect_prompts, conversations, suite_exclusion
 from jetspec_jax.training.record import Recording, record_answers, record_texts
 
 SHARD = 64  # answers per shard
+MAX_COUNT = 10**7  # prompts of a source, which are held in memory
 
 
 def main() -> None:
     args = build_parser().parse_args()
     sampling, mixture = sampling_from(args), parse_mixture(args.source)
     require_at_least(args, max_new_tokens=1, max_prompt_tokens=1, batch_size=1)
+    for name in mixture:
+        check_source(name)
     claim_output(args.out)
     pair = load(args, tiles=False)  # batches are wide: plain matrices are faster
     if args.product_dtype:
@@ -115,9 +119,11 @@ def parse_mixture(entries: list[str]) -> dict[str, int]:
     mixture = {}
     for entry in entries:
         name, equals, count = entry.rpartition("=")
-        if not equals or not count.isdecimal():
-            raise JetSpecError(f"--source takes NAME=COUNT, for example conversations=1000, not {entry!r}")
-        mixture[name] = int(count)
+        try:
+            mixture[name] = within(1, MAX_COUNT)(count if equals else "")
+        except argparse.ArgumentTypeError as error:
+            raise JetSpecError(f"--source takes NAME=COUNT, for example conversations=1000, not {shown(entry)}: "
+                               f"{error}") from error
     return mixture
 
 
@@ -136,7 +142,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-prompt-tokens", type=integer, default=160, help="longer prompts are skipped (default "
                         "%(default)s)")
     parser.add_argument("--batch-size", type=integer, default=64, help="default %(default)s")
-    parser.add_argument("--seed", type=integer, default=0, help="of prompts and sampling (default %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="of prompts and sampling (default %(default)s)")
     parser.add_argument("--foreign", action="store_true", help="keep the answers that another model gave in the "
                         "conversations (to compare with)")
     parser.add_argument("--no-states", action="store_true", help="tokens only; training then runs the target")

@@ -39,7 +39,7 @@ from tqdm import tqdm
 from experiments.common import add_compile_cache, claim_output, run_main, write_text
 from experiments.plots import Line, Panel, save_plot
 from jetspec_jax import HeadConfig, JetSpecError, Pair, TreeConfig, load_pretrained, with_head
-from jetspec_jax.arguments import Parser, integer, number, user_path
+from jetspec_jax.arguments import Parser, integer, number, seed, user_path
 from jetspec_jax.attention import causal_bits, pack_bits
 from jetspec_jax.cache import KVCache
 from jetspec_jax.config import TargetConfig
@@ -318,7 +318,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--vocab-subset", type=integer, default=8192,
                         help="tokens of a step's loss (default %(default)s)")
     parser.add_argument("--product-dtype", choices=("bfloat16", "float32"))
-    parser.add_argument("--seed", type=integer, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     return parser
 
 

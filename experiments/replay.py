@@ -25,7 +25,15 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.benchmark import add_sample_arguments, parse_budgets, pick
-from experiments.common import add_pair_arguments, claim_output, load, require_at_least, run_main, write_text
+from experiments.common import (
+    add_pair_arguments,
+    claim_output,
+    load,
+    require_at_least,
+    require_present,
+    run_main,
+    write_text,
+)
 from experiments.plots import Line, Panel, save_plot
 from jetspec_jax import HeadConfig, JetSpecError, Pair, SamplingParams, TreeConfig
 from jetspec_jax.arguments import Parser, integer
@@ -42,13 +50,15 @@ from jetspec_jax.training.record import record_answers
 def main() -> None:
     args = build_parser().parse_args()
     require_at_least(args, limit=1, max_new_tokens=2, batch_size=1)
+    budgets = parse_budgets(args.budgets)
+    require_present(args.model, args.head)
     claim_output(args.out)
     suites = {name: pick(suite_messages(name, cache_folder() / "sources"), args.limit) for name in args.suite or SUITES}
     pair = load(args, tiles=False)  # texts are read whole: plain matrices are faster
     head = pair.head_config
     if not isinstance(head, HeadConfig):
         raise JetSpecError("this needs a target with a parallel draft head: name one with --head")
-    trees = trees_of(head, parse_budgets(args.budgets))
+    trees = trees_of(head, budgets)
     rows: list[dict[str, Any]] = []
     for suite, messages in suites.items():
         with tempfile.TemporaryDirectory() as folder:

@@ -17,10 +17,11 @@ from typing import Any
 
 import jax
 
-from experiments.common import add_model_arguments, load, run_main, sampling_from, tree_from
+from experiments.common import add_model_arguments, load, require_at_least, run_main, sampling_from, tree_from
 from experiments.phases import measure, phases_of_a_round, ready_state
 from jetspec_jax import HeadConfig, JetSpecError
-from jetspec_jax.arguments import Parser, integer
+from jetspec_jax.arguments import Parser, integer, within
+from jetspec_jax.config import MAX_INT
 from jetspec_jax.decode import Decoder
 from jetspec_jax.draft import HeadDrafter
 from jetspec_jax.generate import generate
@@ -52,7 +53,8 @@ def against_transformers(pair: Pair, tokens: int, repeats: int) -> dict[str, flo
 def main() -> None:
     parser = Parser(description=__doc__)
     add_model_arguments(parser)
-    parser.add_argument("--context", type=integer, default=256, help="committed tokens (default %(default)s)")
+    parser.add_argument("--context", type=within(1, MAX_INT), default=256,
+                        help="committed tokens (default %(default)s)")
     parser.add_argument("--repeats", type=integer, default=9, help="timings, of which the median counts (default "
                         "%(default)s)")
     parser.add_argument("--plain-weights", action="store_true", help="not in tiles (jetspec_jax.tiles), to compare")
@@ -60,11 +62,17 @@ def main() -> None:
                         "`parity`)")
     parser.add_argument("--max-new-tokens", type=integer, default=96, help="per timed answer beside transformers")
     args = parser.parse_args()
+    require_at_least(args, repeats=1, max_new_tokens=1)
+    sampling = sampling_from(args)
+    tree_from(args)
     pair = load(args, tiles=False if args.plain_weights else None)
     if not isinstance(pair.head_config, HeadConfig):
         raise JetSpecError("this needs a target with a parallel draft head: name one with --head")
+    if args.context >= pair.target_config.max_positions:
+        raise JetSpecError(f"--context {args.context} is not below the target's context limit of "
+                           f"{pair.target_config.max_positions}")
     drafter = HeadDrafter(pair.target_config, pair.head_config, tree_from(args, pair))
-    decoder, sampling = Decoder(pair.target_config, drafter), sampling_from(args)
+    decoder = Decoder(pair.target_config, drafter)
     state = ready_state(pair, decoder, sampling, args.context)
     times = measure(phases_of_a_round(pair, drafter, state), args.repeats)
     models = times["draft"] + times["verify"]

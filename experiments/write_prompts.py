@@ -25,7 +25,7 @@ from experiments.common import (
     write_text,
 )
 from jetspec_jax import JetSpecError, Pair, SamplingParams
-from jetspec_jax.arguments import Parser, integer, number, user_path
+from jetspec_jax.arguments import Parser, integer, number, user_path, within
 from jetspec_jax.generate import stream
 from jetspec_jax.pretrained import cache_folder
 from jetspec_jax.text import ChatText
@@ -54,7 +54,7 @@ def main() -> None:
             # Never fewer than fill the batch: other sizes would be compiled anew.
             attempts = max(args.count - len(prompts), args.batch_size)
             openings = [fill(rng.choice(STORY_OPENINGS), rng) if args.stories else "" for _ in range(attempts)]
-            seed = args.seed * MAX_WAVES + wave
+            seed = args.seed * MAX_WAVES + wave  # below 2**32
             written = user_turns(pair, openings, sampling, seed, args.max_tokens, args.batch_size)
             for turn in suitable(written, exclusion):
                 if len(prompts) < args.count:
@@ -96,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-tokens", type=integer, default=120, help="of a prompt; longer ones are dropped (default "
                                                                     "%(default)s)")
     parser.add_argument("--batch-size", type=integer, default=64, help="default %(default)s")
-    parser.add_argument("--seed", type=integer, default=0)
+    parser.add_argument("--seed", type=within(0, 2**32 // MAX_WAVES - 1), default=0)
     return parser
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,6 +33,20 @@ def integer(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number of at most {MAX_DIGITS} digits")
 
 
+def within(least: int, most: int) -> Callable[[str], int]:
+    """The type of an option whose value is a whole number from `least` to `most`."""
+    def read(text: str) -> int:
+        value = integer(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{value} is not from {least} to {most}")
+        return value
+
+    return read
+
+
+seed = within(0, 2**32 - 1)
+
+
 def number(text: str) -> float:
     """An option's value that is finite."""
     try:
@@ -54,6 +69,8 @@ def utf8(text: str) -> str:
 
 def user_path(text: str) -> Path:
     """An option's file or folder, "~" being the home folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path names no file: write one out")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:  # ~nobody

@@ -51,7 +51,7 @@ def range_of(limits: tuple[float, float]) -> str:
 def make_plain(config: Any) -> None:
     """Turns NumPy numbers into Python's and lists into tuples: configs are hashed, multiplied and written as JSON."""
     def plain(name: str, value: Any) -> Any:
-        require(not is_integer(value) or abs(value) < 2**63, f"{name} has too many digits")  # to be printed
+        require(not is_integer(value) or abs(value) < 2**63, f"{name} must fit into 64 bits")
         return int(value) if is_integer(value) else float(value) if is_number(value) else value
 
     for entry in dataclasses.fields(config):

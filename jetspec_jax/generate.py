@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,6 @@ from jetspec_jax.config import (
     PromptLookup,
     SamplingParams,
     TreeConfig,
-    is_integer,
 )
 from jetspec_jax.decode import Decoder, DecodeState, create_state, insert, prefill, run_rounds
 from jetspec_jax.draft import Drafter, HeadDrafter, NoDrafter, plain_nodes
@@ -192,6 +192,8 @@ def _run(pair: Pair, prompts: list[Prompt], max_new_tokens: int, batch_size: int
          sampling: SamplingParams, eos_token_ids: Sequence[int] | None, seed: int,
          rounds_per_chunk: int | None) -> Iterator[StreamChunk]:
     """Checks the arguments now, decodes when iterated."""
+    if not isinstance(pair, Pair):
+        raise JetSpecError(f"pair must come from load_pretrained, not {shown(pair)}")
     groups, shards = shards_of(pair.mesh)
     share = pair.share()
     requests = read_requests(pair, prompts, max_new_tokens)
@@ -200,12 +202,14 @@ def _run(pair: Pair, prompts: list[Prompt], max_new_tokens: int, batch_size: int
     if eos_token_ids is not None:
         ids = _token_ids(eos_token_ids)
         if ids is None or not all(0 <= i < vocab for i in ids):
+            single = as_integer(eos_token_ids)
             raise JetSpecError(f"eos_token_ids must be a list of token ids from 0 to {vocab - 1}, not "
-                               f"{shown(eos_token_ids)}")
+                               f"{shown(eos_token_ids)}" + ("" if single is None else f": write {shown([single])}"))
         eos = tuple(ids)
     if not isinstance(sampling, SamplingParams):
         raise JetSpecError(f"sampling must be a SamplingParams, not {shown(sampling)}")
-    if not is_integer(seed) or not 0 <= seed < 2**32:
+    noise = as_integer(seed)
+    if noise is None or not 0 <= noise < 2**32:
         raise JetSpecError(f"seed must be an integer from 0 to 2**32 - 1, not {shown(seed)}")
     batch_size = DEFAULT_BATCH * groups if batch_size is None else _at_least_one("batch_size", batch_size)
     if batch_size % groups:
@@ -214,7 +218,7 @@ def _run(pair: Pair, prompts: list[Prompt], max_new_tokens: int, batch_size: int
     rows = min(batch_size, len(requests))
     rows = -(-rows // groups) * groups
     decoder = Decoder(share.target_config, drafter_of(share, tree, rows // groups), groups)
-    run = Run(pair, decoder, Sampler.create(sampling, shards), eos, seed, max_new_tokens)
+    run = Run(pair, decoder, Sampler.create(sampling, shards), eos, noise, max_new_tokens)
     return run.steps(requests, rows, rounds_per_chunk)
 
 
@@ -224,7 +228,7 @@ class Run:
     def __init__(self, pair: Pair, decoder: Decoder, sampler: Sampler, eos: tuple[int, ...], seed: int,
                  max_new_tokens: int) -> None:
         self.pair, self.decoder, self.eos = pair, decoder, eos
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens = int(max_new_tokens)
         self.sampler, self.seed = put(pair.mesh, sampler=sampler, seed=np.uint32(seed))
         self.clock = Clock()
 
@@ -411,7 +415,7 @@ def _as_list(prompt: Prompt | Sequence[Prompt]) -> tuple[bool, list[Prompt]]:
     if not isinstance(prompt, Sequence):
         raise JetSpecError(f"prompt must be text, a list of token ids, or a list of either, not {shown(prompt)}")
     items = list(prompt)
-    if items and all(is_integer(item) for item in items):
+    if items and all(as_integer(item) is not None for item in items):
         return True, [items]  # type: ignore[list-item]
     return False, items  # type: ignore[return-value]
 
@@ -431,7 +435,10 @@ def read_requests(pair: Pair, prompts: list[Prompt], max_new_tokens: int) -> lis
 
 def _encode(pair: Pair, prompt: Prompt, index: int) -> list[int]:
     if isinstance(prompt, str):
-        ids = pair.encode(prompt)
+        try:
+            ids = pair.encode(prompt)
+        except JetSpecError as error:
+            raise JetSpecError(f"prompt {index}: {error}") from error
     elif (found := _token_ids(prompt)) is None:
         raise JetSpecError(f"prompt {index} is neither text nor a list of token ids: {shown(prompt)}")
     else:
@@ -448,12 +455,22 @@ def _encode(pair: Pair, prompt: Prompt, index: int) -> list[int]:
 def _token_ids(value: Any) -> list[int] | None:
     """A list, or an array with one axis, of integers; None of anything else."""
     items = value.tolist() if isinstance(value, np.ndarray | jax.Array) else value
-    if not isinstance(items, list | tuple | range) or not all(is_integer(i) for i in items):
+    if not isinstance(items, list | tuple | range):
         return None
-    return [int(i) for i in items]
+    ids = [i for item in items if (i := as_integer(item)) is not None]
+    return ids if len(ids) == len(items) else None
+
+
+def as_integer(value: Any) -> int | None:
+    """An integer of any kind, an array without axes too, as Python's; None of anything else, a bool included."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
 
 
 def _at_least_one(name: str, value: int) -> int:
-    if not is_integer(value) or value < 1:
+    number = as_integer(value)
+    if number is None or number < 1:
         raise JetSpecError(f"{name} must be an integer of at least 1, not {shown(value)}")
-    return int(value)
+    return number

