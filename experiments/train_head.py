@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from experiments.common import add_compile_cache, claim_output, require_at_least, run_main
+from experiments.common import add_compile_cache, claim_output, require_at_least, require_present, run_main
 from experiments.plots import Line, Panel, save_plot
 from jetspec_jax import JetSpecError, TreeConfig, load_pretrained
 from jetspec_jax.arguments import Parser, integer, number, user_path
@@ -52,7 +52,8 @@ HELD_OUT_ROWS = 16
 def main() -> None:
     args = build_parser().parse_args()
     config = TrainConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig)})
-    require_at_least(args, eval_every=1, save_every=1, log_every=1)
+    require_at_least(args, eval_every=1, save_every=1, log_every=1, held_out=0)
+    require_present(args.model, None if args.init in ("random", "target") else args.init)
     if args.save_every % args.log_every:
         raise JetSpecError(f"--save-every {args.save_every} must be a multiple of --log-every {args.log_every}: the "
                            "log of a resumed run would differ")

@@ -72,6 +72,8 @@ WRITE = ["--out", "OUT/p.jsonl", "--count", "3"]
     (replay.main, ["--budgets", "16,1025"], "1025 is not from 1 to 1024"),
     (replay.main, ["--head", "nope"], "nope does not exist"), (replay.main, ["--model", "nope"], "nope does not exist"),
     (benchmark.main, ["--suite", "gsm8k", "--bidirectional-head", "nope"], "nope does not exist"),
+    (train_head.main, ["--dataset", "d", "--out", "OUT", "--steps", "9", "--init", "nope"], "nope does not exist"),
+    (train_head.main, ["--dataset", "d", "--out", "OUT", "--steps", "9", "--held-out", "-1"], "--held-out must be at"),
     (generate_data.main, [*RECORD, "--source", "coding=" + LONG], f"{LONG[:40]!r} is no whole number"),
     (generate_data.main, [*RECORD, "--source", "coding=999999999999"], "999999999999 is not from 1 to 10000000"),
     (generate_data.main, [*RECORD, "--source", "coding=0"], "0 is not from 1 to 10000000"),

@@ -466,7 +466,7 @@ DEEP = json.loads("[" * 500 + "]" * 500)
     ("head", {"num_hidden_layers": 10**9, "layer_types": None}, "num_hidden_layers must be an integer of at most"),
     ("head", {"num_hidden_layers": 4000, "layer_types": None}, "asks for 4000 layers, and there are "),
     ("head", {"num_target_layers": 10**9}, "num_target_layers must be an integer of at most 4096"),
-    ("head", {"dflash_config": {"mask_token_id": 63, "target_layer_ids": [1, HUGE]}}, "target_layer_ids has too many"),
+    ("head", {"dflash_config": {"mask_token_id": 63, "target_layer_ids": [1, HUGE]}}, "target_layer_ids must fit"),
     ("head", {"dflash_config": {"mask_token_id": HUGE, "target_layer_ids": [1]}}, "mask_token_id must be an integer")])
 def test_numbers_that_no_model_has_are_refused(tmp_path, capsys, in_time, kind, changes, message):
     source = shutil.copytree({"target": DENSE / "target", "moe": MOE / "target", "head": DENSE / "head"}[kind],

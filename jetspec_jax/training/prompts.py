@@ -127,7 +127,7 @@ def check_source(name: str) -> Path | None:
     if name in SOURCES:
         return None
     path = local_path(name)
-    if not name or path is None or path.is_dir():
+    if path is None or path.is_dir():
         raise JetSpecError(f"unknown source of prompts {shown(name)}: give {', '.join(SOURCES)}, or a JSONL file of "
                            'lines {"prompt": "..."}')
     return path
