@@ -109,6 +109,17 @@ def test_checksums_are_those_of_zip(saved):
                      for file in arrays.rglob("*") if file.is_file()}
 
 
+@pytest.mark.parametrize("at", [0, 2**20 - 1, 2**20, 2_500_000 - 1])
+def test_every_byte_of_a_file_counts(tmp_path, at):
+    """However many pieces a file is read in, and wherever in them a byte is."""
+    content = bytearray(np.random.default_rng(0).bytes(2_500_000))
+    (tmp_path / "sound").write_bytes(content)
+    content[at] ^= 1
+    (tmp_path / "changed").write_bytes(content)
+    sound, changed = (checkpoint._checksum(tmp_path / name) for name in ("sound", "changed"))
+    assert changed == f"{zlib.crc32(content):08x}" != sound
+
+
 @pytest.mark.parametrize("name", ["params.embedding/0.0", "params.embedding/.zarray", "_METADATA"])
 def test_a_changed_byte_is_found(pair, copy, name):
     """In the middle of a file, as a failing disk changes it. Small files, here all, come first."""
@@ -163,8 +174,10 @@ def test_layers_are_counted_before_they_are_made(copy, layers):
         checkpoint.load(copy)
 
 
-def test_a_pipe_among_the_arrays_is_not_opened(copy):
-    file = copy / checkpoint.ARRAYS / "params.embedding" / "0.0"
+@pytest.mark.parametrize("name", ["params.embedding/0.0", "params.embedding/.zarray", "_METADATA",
+                                  "array_metadatas/process_0"])
+def test_a_pipe_among_the_arrays_is_not_opened(copy, in_time, name):
+    file = copy / checkpoint.ARRAYS / name
     file.unlink()
     os.mkfifo(file)
     with pytest.raises(DamagedError, match="no ordinary file"):

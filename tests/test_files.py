@@ -35,7 +35,7 @@ def test_a_folder_that_may_not_be_searched(tmp_path, monkeypatch):
         local_path(tmp_path / "secret")
 
 
-def test_what_never_ends_is_not_opened(tmp_path):
+def test_what_never_ends_is_not_opened(tmp_path, in_time):
     os.mkfifo(tmp_path / "config.json")
     for file in (tmp_path / "config.json", tmp_path, type(tmp_path)("/dev/zero")):
         with pytest.raises(JetSpecError, match=f"{file} is no ordinary file"):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from converters import gguf_header
 from converters.assemble import take_apart
 from converters.cli import main
 from converters.gguf_file import GGUFFile
@@ -442,6 +443,20 @@ def test_headers_that_lie_are_refused(tmp_path, in_time, parts, message):
         read_header(write_bytes(tmp_path / "bad.gguf", **parts))
     assert str(error.value).startswith(f"{tmp_path / 'bad.gguf'} is ")
     assert "\n" not in str(error.value)
+
+
+def test_a_header_has_a_limit_whatever_the_file_has(tmp_path, monkeypatch):
+    """A field of 100 bytes: 24 of the start, 8 and 1 of its name, 4 of its type, 8 and 100 of its text."""
+    file = write_bytes(tmp_path / "f.gguf", [field("x", 8, text("y" * 100))], [tensor()], bytes(1000))
+    entry = len(tensor())
+    monkeypatch.setattr(gguf_header, "MAX_HEADER", 145 + entry)
+    assert read_header(file).metadata == {"x": "y" * 100}
+    monkeypatch.setattr(gguf_header, "MAX_HEADER", 144 + entry)
+    with pytest.raises(JetSpecError, match="tensor t reaches beyond its end"):
+        read_header(file)
+    monkeypatch.setattr(gguf_header, "MAX_HEADER", 144)
+    with pytest.raises(JetSpecError, match="field x reaches beyond its end"):
+        read_header(file)
 
 
 @pytest.mark.parametrize(("blocks", "message"), [

@@ -5,6 +5,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,25 @@ def pair():
     return random_pair(0)
 
 
+@pytest.fixture
+def watch(monkeypatch):
+    """The time that programs go by, which passes only when a test says so: `watch.seconds += 1`. `watch.asked` can be
+    acquired once for each time that somebody looked at it."""
+    watch = SimpleNamespace(seconds=100.0, asked=threading.Semaphore(0))
+
+    def look():
+        watch.asked.release()
+        return watch.seconds
+
+    monkeypatch.setattr(programs, "time", SimpleNamespace(perf_counter=look))
+    return watch
+
+
+def await_looks(watch, count):
+    for _ in range(count):
+        assert watch.asked.acquire(timeout=TIMEOUT)
+
+
 def counting(traced, before=lambda: None):
     """x -> power * x, which tells whenever it is traced."""
     def multiply(power, x):
@@ -35,23 +55,41 @@ def counting(traced, before=lambda: None):
     return multiply
 
 
-def test_a_program_is_compiled_once_however_many_threads_want_it():
-    traced, kept, start = [], Programs(), threading.Barrier(8)
-    multiply = counting(traced, lambda: time.sleep(0.3))
+def test_a_program_is_compiled_once_however_many_threads_want_it(watch):
+    """All of them wait for it, whoever compiles."""
+    traced, kept = [], Programs()
+
+    def compile_slowly():
+        await_looks(watch, 9)  # at the start of eight waits and of the compilation
+        watch.seconds += 3
+
+    multiply = counting(traced, compile_slowly)
 
     def call(_):
         clock = Clock()
-        start.wait(TIMEOUT)
         return int(kept(clock, multiply, (3,), TWO)), clock.waited
 
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(call, range(8)))
-    assert [value for value, _ in found] == [6] * 8
+        assert list(pool.map(call, range(8))) == [(6, 3.0)] * 8
     assert traced == [3]
-    assert min(waited for _, waited in found) > 0.2  # each waited for it, whoever compiled
+    assert kept.compile_seconds == 3
     clock = Clock()
     kept(clock, multiply, (3,), TWO)
     assert clock.waited == 0
+
+
+def test_waits_add_up_and_are_none_of_the_callers_time(watch):
+    def take_three_seconds():
+        watch.seconds += 3
+
+    clock, kept = Clock(), Programs()
+    multiply = counting([], take_three_seconds)
+    before = clock.now()
+    for power in (3, 5, 3):
+        kept(clock, multiply, (power,), TWO)
+        watch.seconds += 1
+    assert clock.waited == kept.compile_seconds == 6
+    assert clock.now() - before == 3
 
 
 def test_a_result_takes_over_what_is_donated():
@@ -68,13 +106,13 @@ def test_different_programs_are_compiled_at_the_same_time():
     assert kept.compile_seconds > 0
 
 
-def test_who_waits_for_a_compilation_that_fails_tries_itself():
+def test_who_waits_for_a_compilation_that_fails_tries_itself(watch):
     traced, kept, entered = [], Programs(), threading.Event()
 
     def fail_once():
         if len(traced) == 1:
             entered.set()
-            time.sleep(0.3)  # the other thread waits by now
+            await_looks(watch, 3)  # at the start of both waits and of the compilation
             raise KeyboardInterrupt
 
     multiply = counting(traced, fail_once)
@@ -127,11 +165,12 @@ def test_threads_get_the_answers_and_the_times_of_their_own(pair, monkeypatch):
 
     with ThreadPoolExecutor(6) as pool:
         found = list(pool.map(work, prompts))
+    again = [work(prompt)[0] for prompt in prompts]
     assert sorted(compiled) == ["create_state", "insert", "prefill", "run_rounds", "sequence_keys"]
-    assert [answer.token_ids for answer, _ in found] == [work(prompt)[0].token_ids for prompt in prompts]
+    assert [answer.token_ids for answer, _ in found] == [answer.token_ids for answer in again]
+    assert max(answer.compile_seconds for answer, _ in found) > 0 == max(answer.compile_seconds for answer in again)
     for answer, wall in found:
         assert 0 < answer.prompt_seconds <= answer.seconds
-        assert answer.compile_seconds > 0
         assert answer.seconds + answer.compile_seconds <= wall
 
 
@@ -147,9 +186,33 @@ def test_a_dispatch_is_to_take_half_a_second(rounds, seconds, expected):
 def test_processes_do_not_choose_by_their_own_clocks(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     one, other = Pace(), Pace()
-    rounds = one.rounds
+    assert one.rounds == other.rounds == 16
     one.took(16, 0.001), other.took(16, 100.0)
-    assert one.rounds == other.rounds == rounds
+    assert one.rounds == other.rounds == 16
+
+
+def test_the_pace_is_that_of_whole_dispatches_without_compilation(pair, watch, monkeypatch):
+    """29 rounds, each a sixteenth of a second: one, then eight in half a second. The last four end all."""
+    told, took, compile_one = [], Pace.took, Programs._compile
+
+    def compile_timed(self, function, static, args, donate):
+        watch.seconds += 50
+        run = compile_one(self, function, static, args, donate)
+
+        def timed(*args):
+            watch.seconds += int(args[2]) / 16 if function is run_rounds else 7
+            return run(*args)
+
+        return timed
+
+    def spy(self, rounds, seconds):
+        told.append((rounds, seconds))
+        took(self, rounds, seconds)
+
+    monkeypatch.setattr(Programs, "_compile", compile_timed)
+    monkeypatch.setattr(Pace, "took", spy)
+    generate(replace(pair, programs=Programs()), [1, 2], max_new_tokens=30, tree=None, eos_token_ids=())
+    assert told == [(1, 1 / 16)] + [(8, 0.5)] * 3
 
 
 @pytest.fixture
