@@ -19,12 +19,14 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
 import time
 import traceback
 import warnings
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -57,10 +59,12 @@ from tests.test_gguf import write as write_gguf
 
 PACKAGES = (Path(convert.__file__).parent, Path(checkpoint.__file__).parent)
 LONGEST_MESSAGE = 2000
+START_SECONDS = 600  # of a process, on a slow machine
 GGUF = "model.gguf"
 TEXT = "ab c 12 <s>é\n"
 TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>\n{% endfor %}"
 HUGE = 2**32
+READY = ("ready",)  # says a process that has made its sources
 MARK, TWIN = "@mark@", "@twin@"
 SIZES = (0, 1, 2, 3, 7, 64, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**61, 2**63, 2**64 - 1)
 # Values as JSON writes them, or as it does not.
@@ -140,7 +144,7 @@ def run(kind: str, seed: int, count: int, first: int = 0, seconds: float = 20, m
 def _watch(process: Any, channel: Any, report: Report, seconds: float, megabytes: float,
            told: Callable[[str], object]) -> int:
     """Follows a process until it ends or must be ended; returns the number of its last mutation."""
-    number, what, began = -1, "", time.monotonic()
+    number, what, began, patience = -1, "", time.monotonic(), START_SECONDS
     ways: list[str] = []  # none: no mutation is in progress
 
     def note(outcome: str, detail: str) -> int:
@@ -162,7 +166,9 @@ def _watch(process: Any, channel: Any, report: Report, seconds: float, megabytes
             process.join()
             assert ways or process.exitcode == 0, f"status {process.exitcode} outside of all mutations"
             return note("failed", f"the process ended with status {process.exitcode}") if ways else number
-        if len(message) == 3:
+        if message == READY:
+            began, patience = time.monotonic(), 10 * seconds
+        elif len(message) == 3:
             (number, ways, what), began = message, time.monotonic()
         elif message:
             note(*message)
@@ -175,12 +181,13 @@ def _watch(process: Any, channel: Any, report: Report, seconds: float, megabytes
             return note("failed", f"takes more than {megabytes:g} MB")
         if ways and time.monotonic() - began > seconds:
             return note("failed", f"takes more than {seconds:g} seconds")
-        assert time.monotonic() - began < 10 * seconds, f"nothing came after mutation {number}"
+        assert time.monotonic() - began < patience, f"nothing came after mutation {number}"
 
 
 def _work(channel: Any, folder: Path, kind: Kind, seed: str, numbers: range) -> None:
     """The process that makes mutations."""
     warnings.simplefilter("ignore")  # of fields that nobody knows
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # a GPU's memory is for all that run beside
     bases, case, temporary = folder / "bases", folder / "case", folder / "temporary"
     temporary.mkdir()
     tempfile.tempdir = str(temporary)
@@ -191,6 +198,7 @@ def _work(channel: Any, folder: Path, kind: Kind, seed: str, numbers: range) -> 
         kind.use(case / name, case / "out", random.Random(seeds))
         shutil.rmtree(case)
     gc.freeze()  # all that is there so far need not be looked at again
+    channel.send(READY)
     with _errors(folder / "errors") as errors:
         for number in numbers:
             rng = random.Random(f"{seed}-{number}")
@@ -293,6 +301,16 @@ def _use_checkpoint(source: Path, out: Path, rng: random.Random) -> None:
         _check_pair(load_pretrained(source), rng, converted=True)
     else:
         check_model(*checkpoint.load(source), converted=True)
+    _check_checksums(source)
+
+
+def _check_checksums(folder: Path) -> None:
+    """What was accepted is what the description tells of."""
+    description = json.loads((folder / checkpoint.DESCRIPTION).read_bytes())
+    if description["version"] > 1:
+        for name, value in description["checksums"].items():
+            data = (folder / checkpoint.ARRAYS / name).read_bytes()
+            assert f"{zlib.crc32(data):08x}" == value, f"{name} was changed, and nobody saw it"
 
 
 def _write(make: Callable[..., None], source: Path, out: Path) -> None:
@@ -435,8 +453,19 @@ def _make_checkpoints(bases: Path) -> None:
     sources = bases.with_name("sources")
     _make_tokenizers(sources)
     _make_head(sources / "head", num_hidden_layers=1, layer_types=["full_attention"])
-    convert.convert_target(sources / "whole", bases / "target", progress=False)
-    convert.convert_head(sources / "head", bases / "head", progress=False)
+    convert.convert_target(sources / "whole", bases / "target", progress=False, label="whole")
+    convert.convert_head(sources / "head", bases / "head", progress=False, label="head")
+    for arrays in bases.glob(f"*/{checkpoint.ARRAYS}"):
+        _make_timeless(arrays / "_CHECKPOINT_METADATA", r'(?<=_nsecs": )\d+', "1" * 19)
+        _make_timeless(arrays / "commit_success.txt", r"/\S+", "/arrays")
+        _seal(arrays.parent)
+
+
+def _make_timeless(file: Path, pattern: str, fixed: str) -> None:
+    """Lets a file be the same whenever and wherever it is made."""
+    text, count = re.subn(pattern, fixed, file.read_text())
+    assert count, f"{file.name} is written otherwise"
+    file.write_text(text)
 
 
 KINDS = {
@@ -498,6 +527,8 @@ def _damage_file(rng: random.Random, file: Path, original: Path) -> tuple[str, s
     end = 8 + int.from_bytes(data[:8], "little") if start else len(data)
     try:
         tree = json.loads(data[start:end])
+    except UnicodeDecodeError:
+        return _damage_bytes(rng, file, data)
     except (ValueError, RecursionError):
         return _damage_lines(rng, file, data)
     text, name, what = _damage_json(rng, tree)

@@ -180,8 +180,9 @@ def test_a_pipe_among_the_arrays_is_not_opened(copy, in_time, name):
     file = copy / checkpoint.ARRAYS / name
     file.unlink()
     os.mkfifo(file)
-    with pytest.raises(DamagedError, match="no ordinary file"):
-        checkpoint.load(copy)
+    for verify in (True, False):
+        with pytest.raises(DamagedError, match="no ordinary file"):
+            checkpoint.load(copy, verify=verify)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null", "[" * 100_000])

@@ -3,11 +3,12 @@
 import os
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 
-from jetspec_jax import JetSpecError
+from jetspec_jax import JetSpecError, checkpoint
 from jetspec_jax.target import target_shapes
 from tests import fuzz
 from tests.models import random_params, tiny_target
@@ -76,21 +77,29 @@ def make_faults(bases):
     make(bases, FAULTS)
 
 
-def make_ends(bases):
-    make(bases, ENDS)
-
-
 def use(source, out, rng):
     file = source / "file.txt"
     if not file.is_file() or file.stat().st_size != 5 or file.read_bytes() != b"sound":
         (FAULTS | ENDS)[source.name][0](out)
 
 
-PLANTED = {"faults": fuzz.Kind(make_faults, ("file.txt",), use), "ends": fuzz.Kind(make_ends, ("file.txt",), use)}
+def make_one(name, bases):
+    make(bases, [name])
 
 
-def planted(kind, seed, count, first=0):
-    return fuzz.run(kind, seed, count, first, seconds=2, megabytes=900, kinds=PLANTED)
+def use_unguarded(source, out, rng):
+    """A product that does not compare checksums."""
+    checkpoint._compare = lambda *given: None
+    fuzz._use_checkpoint(source, out, rng)
+
+
+PLANTED = {"faults": fuzz.Kind(make_faults, ("file.txt",), use),
+           "unguarded": fuzz.Kind(fuzz.KINDS["checkpoint"].make, (f"{checkpoint.ARRAYS}/*/[0-9]*",), use_unguarded),
+           **{name: fuzz.Kind(partial(make_one, name), ("file.txt",), use) for name in ENDS}}
+
+
+def planted(kind, seed, count, first=0, seconds=60):
+    return fuzz.run(kind, seed, count, first, seconds, megabytes=900, kinds=PLANTED)
 
 
 def assert_found(report, faults):
@@ -108,10 +117,30 @@ def test_planted_faults_are_found_as_what_they_are():
     assert planted("faults", seed=0, count=1, first=int(last.split(":")[0])).failures == [last]
 
 
-def test_what_ends_its_process_is_found_too():
-    report = planted("ends", seed=2, count=3)  # with this seed each once
-    assert_found(report, ENDS)
-    assert report.outcomes == {"failed": 3}
+@pytest.mark.parametrize("name", ENDS)
+def test_what_ends_its_process_is_found_too(name):
+    report = planted(name, seed=0, count=1, seconds=2 if name == "hangs" else 60)
+    assert_found(report, {name: ENDS[name]})
+    assert report.outcomes == {"failed": 1}
+
+
+def test_changed_arrays_that_are_accepted_are_found():
+    """Where the checksums were not put right."""
+    report = planted("unguarded", seed=0, count=30)
+    assert report.failures
+    for line in report.failures:
+        assert "was changed, and nobody saw it" in line and "checksums put right" not in line
+
+
+def test_a_checkpoint_is_the_same_wherever_and_whenever_it_is_made(tmp_path):
+    """Else its mutations could not be made again."""
+    one, other = tmp_path / "one" / "bases", tmp_path / "another" / "bases"
+    for bases in (one, other):
+        bases.mkdir(parents=True)
+        fuzz.KINDS["checkpoint"].make(bases)
+    files = sorted(file.relative_to(one) for file in one.rglob("*") if file.is_file())
+    assert files == sorted(file.relative_to(other) for file in other.rglob("*") if file.is_file())
+    assert [file for file in files if (one / file).read_bytes() != (other / file).read_bytes()] == []
 
 
 @pytest.mark.parametrize("change", [

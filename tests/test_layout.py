@@ -105,7 +105,7 @@ def test_an_array_too_few_is_refused(arrays):
 @pytest.mark.parametrize("change", [
     {"zarr_format": 3}, {"order": "F"}, {"compressor": {"id": "zlib", "level": 1}}, {"filters": [{"id": "delta"}]},
     {"fill_value": 0}, {"dimension_separator": "/"}, {"shape": [17]}, {"shape": [16, 1]}, {"dtype": "<f2"},
-    {"dtype": "<u2"}, {"dtype": ">f2"}, {"more": 1}, {"chunks": [0]}, {"chunks": [-16]}, {"chunks": [16, 1]},
+    {"dtype": "<u2"}, {"dtype": ">f2"}, {"chunks": [0]}, {"chunks": [-16]}, {"chunks": [16, 1]},
     {"chunks": []}, {"chunks": [16.0]}, {"chunks": [True]}, {"chunks": 16}, {"chunks": None}])
 def test_an_array_that_is_told_otherwise_is_refused(arrays, change):
     edit(arrays / NORM / ".zarray", lambda tree: tree.update(change))
