@@ -198,7 +198,7 @@ def _claim(folder: Path) -> None:
 def write_text(file: Path, text: str) -> None:
     """Writes beside and renames, so that no half of a file is ever there."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{os.getpid()}.partial")  # the file's own name may be as long as names can be
+    beside = file.with_name(f".{file.name[:200]}.partial")  # the name may be as long as names can be
     try:
         beside.write_text(text, encoding="utf-8")
         beside.rename(file)

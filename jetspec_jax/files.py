@@ -27,6 +27,8 @@ def local_path(source: str | os.PathLike[str]) -> Path | None:
     Raises:
         JetSpecError: the home of an unknown user, or a folder on the way that may not be searched.
     """
+    if not str(source):  # and not the current folder
+        return None
     try:
         path = Path(source).expanduser()
         path.stat()

@@ -206,7 +206,10 @@ def _load_tokenizer(source: Path) -> Any:
         return load_tokenizer(source)
     try:
         return load_tokenizer(source / checkpoint.TOKENIZER)
-    except JetSpecError as error:  # it could be loaded when it was written
+    except JetSpecError as error:
+        if isinstance(error.__cause__, OSError):  # a full disk, too many open files
+            raise
+        # It could be loaded when it was written.
         raise DamagedError(str(error), "convert the original model again") from error
 
 

@@ -19,6 +19,7 @@ def test_what_is_there_is_found(tmp_path, monkeypatch):
 def test_names_that_cannot_be_are_absent(tmp_path, name):
     (tmp_path / "a").write_text("x")
     assert local_path(f"{tmp_path}/{name}") is None
+    assert local_path("") is None
 
 
 def test_the_home_of_nobody():
