@@ -110,7 +110,7 @@ class Programs:
             donate: index into `args` whose buffers the result may take over.
         """
         leaves, structure = jax.tree.flatten(args)
-        key = (function, static, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+        key = (function, static, donate, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
         with self._lock:
             program = self._programs.setdefault(key, _Program())
             self._programs.move_to_end(key)

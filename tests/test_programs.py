@@ -280,3 +280,13 @@ def test_after_ctrl_c_the_next_call_is_right(pair, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         generate(pair, [1, 2], **options)
     assert generate(pair, [1, 2], **options).token_ids == expected
+
+
+def test_a_program_that_donates_is_another():
+    """Who does not give a buffer away has it afterwards."""
+    programs, x, y = Programs(), jnp.ones(3, jnp.int32), jnp.full(3, 2, jnp.int32)
+    programs(Clock(), jnp.add, (), x, y, donate=1)
+    assert y.is_deleted()
+    z = jnp.full(3, 5, jnp.int32)
+    assert programs(Clock(), jnp.add, (), x, z).tolist() == [6, 6, 6]
+    assert z.tolist() == [5, 5, 5]
