@@ -255,24 +255,25 @@ def _read_arrays(folder: Path, stored: TargetConfig | DrafterConfig, config: Tar
     sizes = {name: check_ordinary(arrays / name) for name in expected or ()}
     _compare(arrays, expected, [name for name, size in sizes.items() if size <= SMALL_BYTES])
     shapes_of = _KINDS[_kind_of(config)][1]
-    used = check_layout(arrays, shapes_of(stored))
-    if expected is not None and used - expected.keys():
-        raise ValueError(f"the description has no checksum of {min(used - expected.keys())}")
-    for name in sizes.keys() - used:
-        check_ordinary(arrays / name, MAX_JSON)  # what else Orbax writes is never large
-    shapes = shapes_of(config)
 
     def read(name: str, leaf: jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:
         place = (NamedSharding(mesh, stored_spec(name, len(leaf.shape))) if mesh is not None
                  else SingleDeviceSharding(jax.local_devices()[0]))
         return ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=place, global_shape=leaf.shape, strict=True)
 
-    with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1)) as reader, \
-            _threads(1) as beside:
+    with _threads(1) as beside:
         large = [beside.submit(_compare, arrays, expected, [name])
                  for name, size in sizes.items() if size > SMALL_BYTES]
-        params = reader.restore(arrays.absolute(), args=ocp.args.PyTreeRestore(
-            item=shapes, restore_args=named_map(read, shapes)))
+        found = shapes_of(stored)
+        used = check_layout(arrays, found)
+        if expected is not None and used - expected.keys():
+            raise ValueError(f"the description has no checksum of {min(used - expected.keys())}")
+        for name in sizes.keys() - used:
+            check_ordinary(arrays / name, MAX_JSON)  # what else Orbax writes is never large
+        shapes = found if config == stored else shapes_of(config)
+        with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1)) as reader:
+            params = reader.restore(arrays.absolute(), args=ocp.args.PyTreeRestore(
+                item=shapes, restore_args=named_map(read, shapes)))
         if mesh is not None:
             params = named_map(lambda name, leaf: arrange(name, leaf, config, mesh), params)
         jax.block_until_ready(params)
@@ -299,9 +300,10 @@ def _compare(arrays: Path, expected: dict[str, str] | None, names: list[str]) ->
 
 
 def _checksum(file: Path) -> str:
-    """CRC-32 of a file's bytes, read in pieces that stay in the processor's cache."""
-    value, piece = 0, bytearray(2**20)
+    """CRC-32 of a file's bytes, in few pieces: between two of them this thread waits for Python's lock."""
+    value = 0
     with file.open("rb", buffering=0) as stream:
+        piece = bytearray(min(os.fstat(stream.fileno()).st_size, 2**23) or 1)
         while size := stream.readinto(piece):
             value = zlib.crc32(memoryview(piece)[:size], value)
     return f"{value:08x}"
