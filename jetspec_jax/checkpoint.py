@@ -261,16 +261,16 @@ def _read_arrays(folder: Path, stored: TargetConfig | DrafterConfig, config: Tar
                  else SingleDeviceSharding(jax.local_devices()[0]))
         return ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=place, global_shape=leaf.shape, strict=True)
 
+    found = shapes_of(stored)
+    used = check_layout(arrays, found)
+    if expected is not None and used - expected.keys():
+        raise ValueError(f"the description has no checksum of {min(used - expected.keys())}")
+    for name in sizes.keys() - used:
+        check_ordinary(arrays / name, MAX_JSON)  # what else Orbax writes is never large
+    shapes = found if config == stored else shapes_of(config)
     with _threads(1) as beside:
         large = [beside.submit(_compare, arrays, expected, [name])
                  for name, size in sizes.items() if size > SMALL_BYTES]
-        found = shapes_of(stored)
-        used = check_layout(arrays, found)
-        if expected is not None and used - expected.keys():
-            raise ValueError(f"the description has no checksum of {min(used - expected.keys())}")
-        for name in sizes.keys() - used:
-            check_ordinary(arrays / name, MAX_JSON)  # what else Orbax writes is never large
-        shapes = found if config == stored else shapes_of(config)
         with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1)) as reader:
             params = reader.restore(arrays.absolute(), args=ocp.args.PyTreeRestore(
                 item=shapes, restore_args=named_map(read, shapes)))
