@@ -33,7 +33,8 @@ SHARED_FIELDS = (
     "sliding_window", "max_position_embeddings", "eos_token_id", "tie_word_embeddings", *PLACES, *TOP_LEVEL)
 EXPERT_FIELDS = ("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
                  "decoder_sparse_step", "mlp_only_layers")
-HEAD_FIELDS = ("block_size", "num_target_layers", "dflash_config", "causal_head", "causal", "auto_map")
+HEAD_FIELDS = ("block_size", "num_target_layers", "dflash_config", "causal_head", "causal", "auto_map",
+               "accept_lengths")
 DFLASH_FIELDS = ("target_layer_ids", "mask_token_id", "causal_head", "causal")
 # Features that are not computed here, with the values besides null that leave them out.
 INACTIVE: dict[str, tuple[Any, ...]] = {
@@ -112,7 +113,8 @@ def read_head_config(folder: Path) -> HeadConfig:
         **_transformer_fields(config, "qwen3", read_rope(config)), "block_size": config.integer("block_size"),
         "target_layer_ids": tuple(dflash.integers("dflash_config.target_layer_ids")),
         "num_target_layers": config.integer("num_target_layers", most=MAX_LAYERS), "causal": True in flags,
-        "mask_token_id": dflash.integer("dflash_config.mask_token_id", least=0)}
+        "mask_token_id": dflash.integer("dflash_config.mask_token_id", least=0),
+        "accept_lengths": config.get("accept_lengths", ())}
     with naming(config.file):
         return HeadConfig(**fields)
 
@@ -123,8 +125,9 @@ def released_head_config(config: HeadConfig) -> dict[str, Any]:
     Raises:
         JetSpecError: see `rope_scaling_fields`.
     """
+    known = {"accept_lengths": list(config.accept_lengths)} if config.accept_lengths else {}  # our own field
     return {
-        "architectures": ["DFlashDraftModel"], "model_type": "qwen3", "attention_bias": config.qkv_bias,
+        **known, "architectures": ["DFlashDraftModel"], "model_type": "qwen3", "attention_bias": config.qkv_bias,
         "attention_dropout": 0.0, "block_size": config.block_size,
         "dflash_config": {"causal_head": config.causal, "mask_token_id": config.mask_token_id,
                           "target_layer_ids": list(config.target_layer_ids)},

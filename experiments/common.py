@@ -23,7 +23,7 @@ from jetspec_jax import PRESETS, JetSpecError, Pair, SamplingParams, TreeConfig,
 from jetspec_jax.arguments import integer, number, one_line
 from jetspec_jax.config import FLOAT_DTYPES, MAX_TREE_BUDGET, MAX_TREE_WIDTH, TREE_WIDTHS, Builder
 from jetspec_jax.files import local_path, locked
-from jetspec_jax.generate import CPU_TREE, DEFAULT_TREE, default_tree
+from jetspec_jax.generate import CPU_TREE, DEFAULT_TREE, best_tree
 from jetspec_jax.pretrained import cache_folder
 from jetspec_jax.sharding import connect, make_mesh
 
@@ -52,7 +52,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add_tree_width(parser)
     parser.add_argument("--budget", type=integer,
                         help=f"nodes of a tree, the root included, 1 to {MAX_TREE_BUDGET} (default "
-                             f"{DEFAULT_TREE.budget}; {CPU_TREE.budget} for large models on a CPU)")
+                             f"{DEFAULT_TREE.budget}; what pays by timing for large models on a CPU)")
     add_sampling(parser)
 
 
@@ -101,12 +101,12 @@ def tree_of(builder: Builder, budget: int, args: argparse.Namespace) -> TreeConf
 
 
 def tree_from(args: argparse.Namespace, pair: Pair | None = None) -> TreeConfig:
-    """The tree that the options name; what they leave out is what pays off with this pair.
+    """The tree that the options name; what they leave out is what pays best with this pair.
 
     Raises:
         JetSpecError: an option out of its range, whatever the pair.
     """
-    default = DEFAULT_TREE if pair is None else default_tree(pair)
+    default = DEFAULT_TREE if pair is None else best_tree(pair)
     return tree_of(args.tree_builder or default.builder, default.budget if args.budget is None else args.budget, args)
 
 

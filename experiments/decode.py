@@ -38,7 +38,7 @@ from experiments.common import (
 )
 from jetspec_jax import JetSpecError, Pair, PromptLookup, SamplingParams
 from jetspec_jax.arguments import Parser, integer, seed, user_path, utf8
-from jetspec_jax.generate import Draft, Generation, StreamChunk, default_tree, stream
+from jetspec_jax.generate import Draft, Generation, StreamChunk, best_tree, default_tree, expected_speeds, stream
 from jetspec_jax.pair import check_switches
 from jetspec_jax.suites import read_prompt_text, read_prompts_jsonl
 
@@ -96,11 +96,25 @@ def draft_from(args: argparse.Namespace, pair: Pair) -> tuple[str, Draft | None]
     if args.draft == "none":
         return "plain decoding", None
     if args.draft == "lookup":
-        nodes = args.budget or min(PromptLookup().length + 1, default_tree(pair).budget)
+        nodes = args.budget or min(PromptLookup().length + 1, best_tree(pair).budget)
         lookup = PromptLookup(length=nodes - 1)
         return f"prompt lookup (last {lookup.ngram} tokens, budget {nodes})", lookup
+    named = any(option is not None for option in (args.tree_builder, args.tree_width, args.budget))
+    if not named and not args.compare_ar and default_tree(pair) is None:
+        return f"plain decoding{by_timing(pair)}", None
     tree = tree_from(args, pair)
-    return f"tree decoding ({tree.builder}, width {tree.width}, budget {tree.budget})", tree
+    title = f"tree decoding ({tree.builder}, width {tree.width}, budget {tree.budget})"
+    return title + ("" if named else by_timing(pair)), tree
+
+
+def by_timing(pair: Pair) -> str:
+    """What a default is where it follows from what forwards cost this processor; else nothing."""
+    speeds = expected_speeds(pair)
+    if len(speeds) < 2:
+        return ""
+    nodes, plain = best_tree(pair).budget, max(costs.speeds(None)[1] for costs in pair.costs)
+    verdict = "the default" if default_tree(pair) else "plain decoding is the default"
+    return (f"\n  by timing      {nodes} nodes should decode {speeds[nodes] / plain:.2f} times as fast as one here: {verdict}")
 
 
 def as_prompt(pair: Pair, message: str, args: argparse.Namespace) -> str | list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, get_args
 
@@ -14,6 +14,7 @@ from jetspec_jax.errors import JetSpecError, shown
 
 MAX_TREE_WIDTH = 16
 MAX_TREE_BUDGET = 1024
+ACCEPT_NODES = (2, 4, 8, 16, 32, 64)  # trees of which a head may say how much they accept
 # Children per node that the scripts choose. best_first only takes those that are worth their place, so more never hurt.
 TREE_WIDTHS = {"accum_logp": 7, "best_first": MAX_TREE_WIDTH, "chain": 1}
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -370,13 +371,21 @@ class HeadConfig(DrafterConfig):
     Args:
         mask_token_id: the token whose embedding fills slots 1..G-1; slot 0 is the anchor.
         causal: slots attend causally within the block (JetSpec) or to all slots (DFlash).
+        accept_lengths: mean tokens that a round of a best_first tree of each of `ACCEPT_NODES` adds, as somebody
+            measured; empty where nobody did, shorter where larger trees were left out. It tells how large a tree pays.
     """
 
     mask_token_id: int
     causal: bool = True
+    accept_lengths: tuple[float, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        known = self.accept_lengths
+        require(isinstance(known, tuple) and len(known) <= len(ACCEPT_NODES)
+                and all(is_within(mean, (1, most)) for mean, most in zip(known, ACCEPT_NODES, strict=False)),
+                f"accept_lengths must be mean tokens a round by trees of {', '.join(map(str, ACCEPT_NODES))} nodes, "
+                f"not {shown(known)}")
         require(is_integer(self.mask_token_id) and 0 <= self.mask_token_id < self.vocab_size,
                  f"mask_token_id {shown(self.mask_token_id)} lies outside the vocabulary of {self.vocab_size}")
 

@@ -6,7 +6,7 @@ import operator
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -21,6 +21,7 @@ from jetspec_jax.config import (
     SamplingParams,
     TreeConfig,
 )
+from jetspec_jax.costs import fastest_nodes
 from jetspec_jax.decode import Decoder, DecodeState, create_state, insert, prefill, run_rounds
 from jetspec_jax.draft import Drafter, HeadDrafter, NoDrafter, plain_nodes
 from jetspec_jax.errors import JetSpecError, shown
@@ -34,7 +35,7 @@ from jetspec_jax.text import CANNOT_DECODE, TextStream, tokenizer_errors
 from jetspec_jax.tiles import is_large
 
 DEFAULT_TREE = TreeConfig()
-CPU_TREE = TreeConfig("best_first", TREE_WIDTHS["best_first"], 4)  # more nodes cost a CPU more than they bring
+CPU_TREE = TreeConfig("best_first", TREE_WIDTHS["best_first"], 4)  # where nothing was timed
 DEFAULT_SAMPLING = SamplingParams()
 DEFAULT_BATCH = 8
 PROMPT_CHUNK = 256  # prompt tokens per forward
@@ -379,15 +380,39 @@ def not_finite(index: int, tokens: int, dtype: str) -> str:
             f"values overflow {dtype}: load it in {wider}")
 
 
-def default_tree(pair: Pair) -> TreeConfig:
-    """The published tree; on a CPU, whose forward pays for every node of a large target, few of the best nodes."""
-    return CPU_TREE if jax.default_backend() == "cpu" and is_large(pair.params.target) else DEFAULT_TREE
+def default_tree(pair: Pair, batch: int = 1) -> TreeConfig | None:
+    """What drafts where nothing else is asked for: the published tree.
+
+    On a CPU, whose forward pays for every node of a large target, the best nodes, so many that `batch` sequences decode
+    fastest by what was timed (`jetspec_jax.costs`), or None where plain decoding does; few where nothing was timed, or
+    the head does not know how much it accepts.
+    """
+    if jax.default_backend() != "cpu" or not is_large(pair.params.target):
+        return DEFAULT_TREE
+    speeds = expected_speeds(pair, batch)
+    if len(speeds) < 2:
+        return CPU_TREE
+    nodes = fastest_nodes(speeds)
+    return None if nodes == 1 else replace(CPU_TREE, budget=nodes)
+
+
+def best_tree(pair: Pair) -> TreeConfig:
+    """The default tree, or the best of those that do not beat plain decoding."""
+    speeds = {nodes: speed for nodes, speed in expected_speeds(pair).items() if nodes > 1}
+    return default_tree(pair) or replace(CPU_TREE, budget=fastest_nodes(speeds))
+
+
+def expected_speeds(pair: Pair, batch: int = 1) -> dict[int, float]:
+    """Tokens per second to expect of a large target on a CPU, by nodes a tree (see `Costs.speeds`); empty where nothing
+    was timed."""
+    mine = [costs for costs in pair.costs if costs.tile == pair.target_config.weight_tile]
+    return mine[0].speeds(pair.head_config, batch) if mine else {}
 
 
 def drafter_of(pair: Pair, tree: Draft | None, rows: int = 1) -> Drafter:
     """What drafts for `tree` with this pair, for so many sequences on every group of devices."""
     if tree == "auto":
-        tree = default_tree(pair)
+        tree = default_tree(pair, rows)
     if tree is None:
         return NoDrafter(nodes=plain_nodes(rows, jax.default_backend() == "gpu"))
     if isinstance(tree, PromptLookup):

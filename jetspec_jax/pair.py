@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from jetspec_jax.chat_template import render, title
 from jetspec_jax.config import DrafterConfig, TargetConfig, TransformerConfig
+from jetspec_jax.costs import Costs
 from jetspec_jax.draft import Params, count_parameters
 from jetspec_jax.errors import JetSpecError, first_line, shown
 from jetspec_jax.programs import Programs
@@ -32,6 +33,7 @@ class Pair:
         tokenizer: a Hugging Face tokenizer, or None where the source had none.
         programs: the programs compiled for this pair so far.
         mesh: the devices that decode together (see `jetspec_jax.sharding`); None is one device.
+        costs: what forwards cost this processor, by layout of the weights; empty where nothing was timed.
     """
 
     target_config: TargetConfig
@@ -40,6 +42,7 @@ class Pair:
     tokenizer: Any = None
     programs: Programs = field(default_factory=Programs)
     mesh: Mesh | None = None
+    costs: tuple[Costs, ...] = ()
 
     def __repr__(self) -> str:
         def told(config: TransformerConfig, params: dict) -> str:

@@ -17,13 +17,14 @@ from converters import convert
 from converters.tokenizer import load_tokenizer
 from jetspec_jax import checkpoint
 from jetspec_jax.config import FLOAT_DTYPES, DrafterConfig, TargetConfig
+from jetspec_jax.costs import costs_of, fastest_layout
 from jetspec_jax.draft import Params
 from jetspec_jax.errors import DamagedError, JetSpecError
 from jetspec_jax.files import local_path
 from jetspec_jax.pair import Pair
 from jetspec_jax.presets import PRESETS, Preset
 from jetspec_jax.sharding import shards_of
-from jetspec_jax.tiles import to_tiles, worth_tiles
+from jetspec_jax.tiles import TILE, can_lie_in_tiles, in_layout, is_large
 from jetspec_jax.wheels import SMOLLM2_GGUF, fetch
 
 HEADS = Path(__file__).resolve().parents[1] / "heads"
@@ -42,9 +43,9 @@ def load_pretrained(target: str | Path, head: str | Path | Literal[False] | None
             bfloat16 products are many times slower.
         mesh: the devices that decode together, from `jetspec_jax.sharding.make_mesh`; None is one device. Weights
             converted before are read share by share; of others the host holds one whole parameter at a time.
-        tiles: keep the matrices in column tiles (`jetspec_jax.tiles`), which one core multiplies by the few rows of a
-            small tree about twice as fast. None: on a CPU of one or two cores, each model that is large, float32 and of
-            sizes that allow it. Training wants plain matrices (False).
+        tiles: keep the matrices in column tiles (`jetspec_jax.tiles`), which some processors multiply by the few rows
+            of a small tree much faster. None: on a CPU a large model is timed when it is loaded first
+            (`jetspec_jax.costs`), and lies as it decodes fastest. Training wants plain matrices (False).
         verify: compare what was converted before with its checksums, while it is read. The embedded default is made
             again where it was damaged.
 
@@ -66,13 +67,19 @@ def load_pretrained(target: str | Path, head: str | Path | Literal[False] | None
     head_shape = None if head_folder is None else _read_config(head_folder, "head")
     seen = _identity(folder)
     try:
-        pair = _load_target(folder, head_shape, dtype, mesh, tiles, verify)
+        pair = _load_target(folder, head_shape, dtype, mesh, verify)
     except DamagedError as error:
         if not embedded:
             raise
         warnings.warn(f"{error.what}: the default model is made again", stacklevel=2)
-        pair = _load_target(_embedded_default(damaged=seen), head_shape, dtype, mesh, tiles, verify)
-    return pair if head_folder is None else _join(pair, head_folder, dtype, tiles, verify)
+        pair = _load_target(_embedded_default(damaged=seen), head_shape, dtype, mesh, verify)
+    if head_folder is not None:
+        pair = _join(pair, head_folder, dtype, verify)
+    on_cpu = mesh is None and jax.default_backend() == "cpu"
+    if tiles is None and on_cpu and is_large(pair.params.target) and not pair.target_config.num_experts:
+        pair = _timed(pair)
+        tiles = fastest_layout(pair.costs, pair.head_config) is not None
+    return _laid_out(pair, TILE if tiles else None)
 
 
 def with_head(pair: Pair, head: str | Path, *, dtype: str | None = None, verify: bool = True) -> Pair:
@@ -89,28 +96,44 @@ def with_head(pair: Pair, head: str | Path, *, dtype: str | None = None, verify:
     """
     folder = _head_folder(head, None)
     _check_head(_read_config(folder, "head"), pair.target_config, pair.mesh)
-    return _join(pair, folder, _dtype(dtype), None if pair.target_config.weight_tile else False, verify)
+    joined = _join(pair, folder, _dtype(dtype), verify)
+    return _laid_out(joined if not pair.costs else _timed(joined), pair.target_config.weight_tile)
 
 
 def load_head(head: str | Path, *, dtype: str | None = None) -> tuple[DrafterConfig, dict]:
     """A head alone, as training starts from it: (config, params). Arguments and errors are those of `with_head`."""
-    return _load(_head_folder(head, None), "head", _dtype(dtype), None, tiles=False, verify=True)
+    return _load(_head_folder(head, None), "head", _dtype(dtype), None, verify=True)
 
 
-def _load_target(folder: Path, head: DrafterConfig | None, dtype: str | None, mesh: Mesh | None, tiles: bool | None,
+def _load_target(folder: Path, head: DrafterConfig | None, dtype: str | None, mesh: Mesh | None,
                  verify: bool) -> Pair:
     """The target alone, once it is known to fit the mesh and the head."""
     shape = _read_config(folder, "target")
     shape.share(shards_of(mesh)[1])
     if head is not None:  # what does not fit should not cost the loading of a large target
         _check_head(head, shape, mesh)
-    config, params = _load(folder, "target", dtype, mesh, tiles, verify)
+    config, params = _load(folder, "target", dtype, mesh, verify)
     return Pair(config, None, Params(params, {}), _load_tokenizer(folder), mesh=mesh)
 
 
-def _join(pair: Pair, head: Path, dtype: str | None, tiles: bool | None, verify: bool) -> Pair:
-    config, params = _load(head, "head", dtype, pair.mesh, tiles, verify)
+def _join(pair: Pair, head: Path, dtype: str | None, verify: bool) -> Pair:
+    config, params = _load(head, "head", dtype, pair.mesh, verify)
     return replace(pair, head_config=config, params=Params(pair.params.target, params))
+
+
+def _timed(pair: Pair) -> Pair:
+    """The pair that knows what its forwards cost this processor."""
+    costs = costs_of(pair.target_config, pair.head_config, pair.params, cache_folder() / "costs")
+    return replace(pair, costs=costs)
+
+
+def _laid_out(pair: Pair, tile: int | None) -> Pair:
+    """The pair with matrices in tiles of so many columns, or plain; a head that cannot lie in tiles stays as it is."""
+    target, in_target = in_layout(pair.target_config, pair.params.target, tile, consume=True)
+    head, in_head = pair.head_config, pair.params.head
+    if head is not None and (tile is None or can_lie_in_tiles(head, in_head)):
+        head, in_head = in_layout(head, in_head, tile, consume=True)
+    return replace(pair, target_config=target, head_config=head, params=Params(in_target, in_head))
 
 
 def cache_folder() -> Path:
@@ -187,17 +210,12 @@ def _read_config(folder: Path, kind: str) -> Any:
     return config
 
 
-def _load(folder: Path, kind: str, dtype: str | None, mesh: Mesh | None, tiles: bool | None,
-          verify: bool) -> tuple[Any, dict]:
+def _load(folder: Path, kind: str, dtype: str | None, mesh: Mesh | None, verify: bool) -> tuple[Any, dict]:
     _read_config(folder, kind)
     if checkpoint.is_checkpoint(folder):
-        config, params = checkpoint.load(folder, dtype, mesh, verify)
-    else:
-        read: Any = convert.read_target if kind == "target" else convert.read_head
-        config, params = read(folder, dtype, mesh=mesh)
-    if tiles is None:
-        tiles = mesh is None and jax.default_backend() == "cpu" and worth_tiles(config, params)
-    return to_tiles(config, params) if tiles else (config, params)
+        return checkpoint.load(folder, dtype, mesh, verify)
+    read: Any = convert.read_target if kind == "target" else convert.read_head
+    return read(folder, dtype, mesh=mesh)
 
 
 def _load_tokenizer(source: Path) -> Any:

@@ -8,6 +8,7 @@ the number of rows, which for the few rows of a draft tree costs more than the a
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -21,17 +22,17 @@ from jetspec_jax.errors import JetSpecError
 
 TILE = 64  # columns
 MOST_ROWS = 32  # beyond them the copies of x that `tiled_product` makes cost more than they save
-MOST_CORES = 2  # XLA spreads a plain product over all cores, tiles it does not
 LEAST_BYTES = 2**24  # smaller models stay in the processor's cache
 
 Config = TypeVar("Config", bound=TransformerConfig)
 
 
-def worth_tiles(config: TransformerConfig, params: dict) -> bool:
-    """Whether these weights are faster in tiles: on few cores, float32, many, and of sizes that a tile divides."""
-    return (cores() <= MOST_CORES and config.dtype == "float32" and config.product_dtype is None
-            and is_large(params)
-            and all(size % TILE == 0 for size in _column_counts(config, params)))
+def can_lie_in_tiles(config: TransformerConfig, params: dict) -> bool:
+    """Whether tiles could make these weights faster on a CPU: float32, many, and of sizes that a tile divides (or in
+    tiles already)."""
+    return (config.dtype == "float32" and config.product_dtype is None and is_large(params)
+            and (config.weight_tile is not None
+                 or all(size % TILE == 0 for size in _column_counts(config, params))))
 
 
 def is_large(params: dict) -> bool:
@@ -44,14 +45,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def to_tiles(config: Config, params: dict, tile: int = TILE) -> tuple[Config, dict]:
+def to_tiles(config: Config, params: Any, tile: int = TILE, consume: bool = False) -> tuple[Config, Any]:
     """The same model with its matrices in tiles.
 
     Args:
         config: with plain matrices.
-        params: `{"params": ...}`; each matrix is deleted when its successor is made, so that there is no second model
-            (and the caller's is gone).
+        params: `{"params": ...}`, or parts of it.
         tile: columns of a tile.
+        consume: delete each matrix when its successor is made, so that there is no second model (and the caller's is
+            gone).
 
     Returns:
         (config, params); of a model that lies in tiles already, as they are.
@@ -63,29 +65,37 @@ def to_tiles(config: Config, params: dict, tile: int = TILE) -> tuple[Config, di
         return config, params
     for size in _column_counts(config, params):
         tile_count(size, tile)
-
-    def convert(path: tuple[Any, ...], w: Array) -> Array:
-        axis = _column_axis(config, path)
-        if axis is None:
-            return w
-        tiles = _into_tiles(w, axis, tile)
-        if isinstance(w, Array):
-            w.delete()
-        return tiles
-
-    return replace(config, weight_tile=tile), jax.tree_util.tree_map_with_path(convert, params)
+    return replace(config, weight_tile=tile), _convert(config, params, partial(_into_tiles, tile=tile), consume)
 
 
-def from_tiles(config: Config, params: dict) -> tuple[Config, dict]:
+def from_tiles(config: Config, params: Any, consume: bool = False) -> tuple[Config, Any]:
     """The same model with plain matrices: what `to_tiles` was given. A model without tiles is returned as it is."""
     if config.weight_tile is None:
         return config, params
+    return replace(config, weight_tile=None), _convert(config, params, _out_of_tiles, consume)
 
-    def convert(path: tuple[Any, ...], tiles: Array) -> Array:
+
+def in_layout(config: Config, params: Any, tile: int | None, consume: bool = False) -> tuple[Config, Any]:
+    """The same model with its matrices in tiles of so many columns, or plain (None); see `to_tiles`."""
+    if tile is None:
+        return from_tiles(config, params, consume)
+    return to_tiles(config, params, tile, consume)
+
+
+def _convert(config: TransformerConfig, params: Any, convert: Callable[[Array, int], Array], consume: bool) -> Any:
+    """All matrices that can lie in tiles, converted one after the other: (matrix, its axis of columns) -> matrix."""
+
+    def one(path: tuple[Any, ...], w: Array) -> Array:
         axis = _column_axis(config, path)
-        return tiles if axis is None else _out_of_tiles(tiles, axis)
+        if axis is None:
+            return w
+        converted = convert(w, axis)
+        if consume and isinstance(w, Array):
+            converted.block_until_ready()
+            w.delete()
+        return converted
 
-    return replace(config, weight_tile=None), jax.tree_util.tree_map_with_path(convert, params)
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def tile_count(width: int, tile: int) -> int:
@@ -143,7 +153,7 @@ def _column_axis(config: TransformerConfig, path: tuple[Any, ...]) -> int | None
     return {"kernel": 1, "lm_head": 1, "embedding": 0 if tied else None}.get(path[-1].key)
 
 
-@partial(jax.jit, static_argnums=(1, 2))
+@partial(jax.jit, static_argnames=("axis", "tile"))
 def _into_tiles(w: Array, axis: int, tile: int) -> Array:
     """[A, Z], or [Z, A] where the columns lie on axis 0, -> [Z/tile, A, tile]."""
     plain = w.T if axis == 0 else w
