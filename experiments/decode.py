@@ -114,7 +114,7 @@ def by_timing(pair: Pair) -> str:
         return ""
     nodes, plain = best_tree(pair).budget, max(costs.speeds(None)[1] for costs in pair.costs)
     verdict = "the default" if default_tree(pair) else "plain decoding is the default"
-    return (f"\n  by timing      {nodes} nodes should decode {speeds[nodes] / plain:.2f} times as fast as one here: {verdict}")
+    return f"\n  by timing      {nodes} nodes, {speeds[nodes] / plain:.2f} times plain decoding to expect: {verdict}"
 
 
 def as_prompt(pair: Pair, message: str, args: argparse.Namespace) -> str | list[int]:

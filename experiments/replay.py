@@ -37,7 +37,7 @@ from experiments.common import (
 from experiments.plots import Line, Panel, save_plot
 from jetspec_jax import HeadConfig, JetSpecError, Pair, SamplingParams, TreeConfig
 from jetspec_jax.arguments import Parser, integer
-from jetspec_jax.config import TREE_WIDTHS, Builder
+from jetspec_jax.config import ACCEPT_NODES, TREE_WIDTHS, Builder
 from jetspec_jax.pretrained import cache_folder
 from jetspec_jax.suites import SUITES, suite_messages
 from jetspec_jax.training.batches import Batches
@@ -67,6 +67,8 @@ def main() -> None:
         if args.out is not None:
             write_results(args.out, rows)
     print(markdown(rows))
+    if known := accept_lengths(rows):
+        print(f"\nfor the head's config.json: \"accept_lengths\": {json.dumps(known)}")
     if args.json:
         print(json.dumps({"rows": rows}))
 
@@ -133,6 +135,17 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             cells = [mine[method, 0]] + [""] * (len(budgets) - 1) if chain else [mine[method, b] for b in budgets]
             lines.append(f"| {suite} | {prompts} | {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def accept_lengths(rows: list[dict[str, Any]]) -> list[float]:
+    """What a head may say of itself (`HeadConfig.accept_lengths`), over all suites, as far as the budgets go."""
+    known = []
+    for nodes in ACCEPT_NODES:
+        mine = [row for row in rows if row["budget"] == nodes and row["method"] in ("jetspec-best-first", "ddtree")]
+        if not mine:
+            break
+        known.append(round(sum(row["tokens"] for row in mine) / sum(row["rounds"] for row in mine), 2))
+    return known
 
 
 def write_results(folder: Path, rows: list[dict[str, Any]]) -> None:

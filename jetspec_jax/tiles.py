@@ -28,11 +28,9 @@ Config = TypeVar("Config", bound=TransformerConfig)
 
 
 def can_lie_in_tiles(config: TransformerConfig, params: dict) -> bool:
-    """Whether tiles could make these weights faster on a CPU: float32, many, and of sizes that a tile divides (or in
-    tiles already)."""
-    return (config.dtype == "float32" and config.product_dtype is None and is_large(params)
-            and (config.weight_tile is not None
-                 or all(size % TILE == 0 for size in _column_counts(config, params))))
+    """Whether tiles fit these weights: float32, and of sizes that a tile divides (or in tiles already)."""
+    return (config.dtype == "float32" and config.product_dtype is None
+            and (config.weight_tile is not None or all(size % TILE == 0 for size in _column_counts(config, params))))
 
 
 def is_large(params: dict) -> bool:

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from experiments import replay
+from experiments.replay import accept_lengths
 from jetspec_jax import JetSpecError, load_pretrained
 from jetspec_jax.generate import generate
 from tests.models import DATA
@@ -58,3 +59,14 @@ def test_replayed_rounds_are_the_decoded_ones(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "o" / "replay.png").stat().st_size > 1000
     with pytest.raises(JetSpecError, match="--max-new-tokens must be at least 2"):
         run(monkeypatch, "--max-new-tokens", 1)
+
+
+def test_what_a_head_may_say_of_itself():
+    """All tokens over all rounds, of best_first trees, up to the first budget that was not replayed."""
+    def row(method, budget, tokens, rounds):
+        return {"method": method, "budget": budget, "tokens": tokens, "rounds": rounds}
+
+    rows = [row("jetspec-best-first", 2, 30, 20), row("jetspec-best-first", 2, 50, 30), row("jetspec", 2, 9, 9),
+            row("jetspec-best-first", 4, 57, 30), row("jetspec-best-first", 16, 90, 30), row("jetspec-chain", 0, 5, 3)]
+    assert accept_lengths(rows) == [1.6, 1.9]
+    assert accept_lengths(rows[2:3]) == []

@@ -9,18 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jetspec_jax import JetSpecError, TreeConfig, checkpoint, load_pretrained, pretrained, tiles
+from jetspec_jax import JetSpecError, TreeConfig, checkpoint, load_pretrained, pretrained, tiles, with_head
 from jetspec_jax.autoregressive import autoregressive_shapes
 from jetspec_jax.config import AutoregressiveHeadConfig
+from jetspec_jax.costs import ROWS, Costs
 from jetspec_jax.draft import Params
 from jetspec_jax.generate import generate
 from jetspec_jax.pair import Pair
 from jetspec_jax.sharding import make_mesh
 from jetspec_jax.target import target_embed, target_logits, target_shapes
-from jetspec_jax.tiles import MOST_ROWS, columns, from_tiles, tiled_product, to_tiles, worth_tiles
+from jetspec_jax.tiles import MOST_ROWS, can_lie_in_tiles, columns, from_tiles, tiled_product, to_tiles
 from jetspec_jax.training.initial import head_from_target
 from tests.models import random_pair, random_params, tiny_head, tiny_target
 
+WHOLE = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "num_kv_heads": 1,
+         "head_dim": 32, "dtype": "float32"}  # all have a multiple of 64
 SIZES = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 24}  # all matrices have a multiple of 8 columns
 
 
@@ -116,51 +119,56 @@ def test_training_asks_for_plain_matrices():
         head_from_target(tiled.target_config, tiny_head(target), tiled.params.target, jax.random.key(0))
 
 
-def test_what_is_worth_it(monkeypatch):
-    """Few cores, float32, large, and every matrix in whole tiles."""
-    monkeypatch.setattr(tiles, "cores", lambda: 1)
-    big = tiny_target(vocab_size=65536, hidden_size=64, intermediate_size=64, num_heads=2, num_kv_heads=1, head_dim=32,
-                      dtype="float32")
-    assert worth_tiles(big, target_shapes_of(big))
-    for config in (big.with_dtype("float64"), dataclasses.replace(big, vocab_size=65537),
-                   dataclasses.replace(big, intermediate_size=48), dataclasses.replace(big, vocab_size=64),
-                   dataclasses.replace(big, product_dtype="bfloat16")):
-        assert not worth_tiles(config, target_shapes_of(config)), config
-    monkeypatch.setattr(tiles, "cores", lambda: 3)
-    assert not worth_tiles(big, target_shapes_of(big))
-    monkeypatch.setattr(tiles, "cores", lambda: 1)
-    assert worth_tiles(dataclasses.replace(big, tie_embeddings=True), target_shapes_of(big))
+def test_what_can_lie_in_tiles():
+    """float32, and every matrix in whole tiles."""
+    config = tiny_target(**WHOLE)
+    assert can_lie_in_tiles(config, target_shapes(config))
+    assert can_lie_in_tiles(dataclasses.replace(config, tie_embeddings=True), target_shapes(config))
+    for other in (config.with_dtype("float64"), dataclasses.replace(config, vocab_size=129),
+                  dataclasses.replace(config, intermediate_size=48),
+                  dataclasses.replace(config, product_dtype="bfloat16")):
+        assert not can_lie_in_tiles(other, target_shapes(other)), other
 
 
-def target_shapes_of(config):
-    """Arrays that are as large as the parameters and take no memory."""
-    return jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), target_shapes(config))
-
-
-def test_loading_decides(tmp_path, monkeypatch):
-    target = tiny_target(**SIZES, dtype="float32")
-    pair = random_pair(1, target, tiny_head(target))
+@pytest.fixture
+def folders(tmp_path):
+    """A target and a head that can lie in tiles."""
+    target = tiny_target(**WHOLE)
+    pair = random_pair(1, target, tiny_head(target, intermediate_size=64, num_heads=2, head_dim=32))
     for name, config, params in (("t", target, pair.params.target), ("h", pair.head_config, pair.params.head)):
         with checkpoint.written_beside(tmp_path / name) as beside:
             checkpoint.save(beside, config, params, "a test")
-    monkeypatch.setattr(pretrained, "to_tiles", lambda config, params: to_tiles(config, params, tile=8))
-    monkeypatch.setattr(tiles, "TILE", 8)
-    monkeypatch.setattr(tiles, "cores", lambda: 1)
+    return tmp_path / "t", tmp_path / "h"
 
+
+def test_loading_lays_out_what_timing_found(folders, monkeypatch):
     def loaded(**options):
-        found = load_pretrained(tmp_path / "t", tmp_path / "h", **options)
+        found = load_pretrained(*folders, **options)
         return found.target_config.weight_tile, found.head_config.weight_tile
 
-    assert loaded() == (None, None)  # too small
-    assert loaded(tiles=True) == (8, 8)
+    slow, fast = (tuple(seconds * (rows + 9) for rows in ROWS) for seconds in (2e-3, 1e-3))
+    found = [Costs(None, slow, slow), Costs(64, fast, fast)]
+    monkeypatch.setattr(pretrained, "costs_of", lambda *_: tuple(found))
+    assert loaded() == (None, None)  # too small to matter
+    assert loaded(tiles=True) == (64, 64)
     monkeypatch.setattr(tiles, "LEAST_BYTES", 0)
-    assert loaded() == (8, 8)
+    assert loaded() == (64, 64)
     assert loaded(tiles=False) == (None, None)
-    assert loaded(dtype="bfloat16") == (None, None)
+    found[1] = Costs(64, slow, slow)
+    assert loaded() == (None, None)
     with pytest.raises(JetSpecError, match="leave out tiles or mesh"):
         loaded(tiles=True, mesh=make_mesh(1))
-    monkeypatch.setattr(pretrained, "to_tiles", lambda config, params: to_tiles(config, params, tile=7))
-    with pytest.raises(JetSpecError, match=r"a matrix of \d+ columns cannot lie in tiles of 7"):
-        loaded(tiles=True)
     with pytest.raises(JetSpecError, match="tiles=False"):
-        dataclasses.replace(target, weight_tile=8, product_dtype="bfloat16")
+        dataclasses.replace(tiny_target(**WHOLE), weight_tile=8, product_dtype="bfloat16")
+
+
+def test_another_head_lies_as_the_target_does(folders):
+    pair = load_pretrained(*folders, tiles=True)
+    assert with_head(pair, folders[1]).head_config.weight_tile == 64
+    assert with_head(load_pretrained(*folders), folders[1]).head_config.weight_tile is None
+
+
+def test_a_matrix_that_no_tile_divides():
+    target = tiny_target(**SIZES)
+    with pytest.raises(JetSpecError, match=r"a matrix of \d+ columns cannot lie in tiles of 7"):
+        to_tiles(target, random_pair(1, target).params.target, tile=7)
