@@ -115,14 +115,15 @@ def sampling_from(args: argparse.Namespace) -> SamplingParams:
 
 
 def add_compile_cache() -> None:
-    """Keeps compiled programs between runs."""
+    """Keeps compiled programs between runs, where pairs do not do so themselves (`jetspec_jax.store`)."""
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def load(args: argparse.Namespace, mesh: Mesh | None = None, tiles: bool | None = None, drafts: bool = True) -> Pair:
     """Loads the pair that the options name, or its target alone, with compiled programs kept between runs."""
-    add_compile_cache()
+    if mesh is not None or jax.default_backend() != "cpu":
+        add_compile_cache()
     return load_pretrained(args.model, args.head if drafts else False, dtype=args.dtype, mesh=mesh, tiles=tiles,
                            verify=not args.no_verify)
 

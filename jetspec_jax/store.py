@@ -1,0 +1,140 @@
+"""Compiled programs on disk: whole executables, found again without tracing by everything that they depend on.
+
+JAX's own compilation cache saves the last step alone: a program is traced and lowered before it is looked up, which for
+an unrolled stack of layers takes a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import platform
+import tempfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jaxlib
+from jax.experimental.serialize_executable import deserialize_and_load, serialize
+
+import pallas_kernels
+from jetspec_jax.tiles import cores
+
+MOST_BYTES = 2**27  # of a folder; the programs of one shape of prompts and answers take 1.5 MB for the default pair
+CHECKSUM = 32  # bytes in front of each program
+
+PACKAGES = (Path(__file__).parent, Path(pallas_kernels.__file__).parent)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a program is kept, for any number of processes of one user.
+
+    Whatever happens to the folder, nothing fails: a program that cannot be read is compiled, and one that cannot be
+    written is compiled again the next time.
+    """
+
+    file: Path
+    device: jax.Device
+
+    def load(self) -> Callable[..., Any] | None:
+        """The program, ready to run; None where there is none that is whole."""
+        try:
+            content = _private(self.file.parent).joinpath(self.file.name).read_bytes()
+            packed = content[CHECKSUM:]
+            if hashlib.sha256(packed).digest() != content[:CHECKSUM]:
+                return None
+            executable, taken, returned = pickle.loads(zlib.decompress(packed))
+            program = deserialize_and_load(executable, taken, returned, execution_devices=[self.device])
+            os.utime(self.file)
+        except Exception:  # whatever jaxlib says of it
+            return None
+        return program
+
+    def save(self, program: jax.stages.Compiled) -> None:
+        """Keeps a program: written beside and renamed, so that no half of one is ever there."""
+        try:
+            packed = zlib.compress(pickle.dumps(serialize(program)), level=1)
+            with tempfile.NamedTemporaryFile(dir=_private(self.file.parent), delete=False) as beside:
+                try:
+                    beside.write(hashlib.sha256(packed).digest() + packed)
+                    beside.close()
+                    os.replace(beside.name, self.file)
+                except BaseException:
+                    os.unlink(beside.name)
+                    raise
+            _make_room(self.file.parent)
+        except Exception:  # a full disk, or a program that jaxlib does not write
+            return
+
+
+def place_of(folder: Path, function: Callable[..., Any], static: tuple, args: tuple, donate: int | None,
+             options: dict[str, Any]) -> Place | None:
+    """Where the program is kept that `Programs` is asked for, by everything that it depends on.
+
+    Args:
+        folder: of all programs.
+        function, static, args, donate: as `Programs` is called.
+        options: what XLA is told.
+
+    Returns:
+        None for a program that is not kept: of another backend than a CPU, or of several devices; of a function whose
+        source is not known; with a static argument that does not tell its value. Nor where JAX's compilation cache is
+        on: what comes out of it runs, but lacks the functions without which it cannot be written again.
+    """
+    leaves, structure = jax.tree.flatten(args)
+    devices = set().union(*(leaf.devices() for leaf in leaves)) if leaves else {jax.devices()[0]}
+    called = repr((function.__module__, function.__qualname__, static, donate, str(structure), options,
+                   list(map(jax.typeof, leaves))))
+    if (jax.default_backend() != "cpu" or len(devices) > 1 or jax.config.values["jax_compilation_cache_dir"]
+            or function.__module__.partition(".")[0] not in {package.name for package in PACKAGES}
+            or "<locals>" in function.__qualname__ or " at 0x" in called):
+        return None
+    (device,) = devices
+    settings = [item for item in sorted(jax.config.values.items()) if "cache" not in item[0]]
+    depends = repr((called, device.id, settings, _surroundings()))
+    return Place(folder / hashlib.sha256(depends.encode()).hexdigest(), device)
+
+
+def _private(folder: Path) -> Path:
+    """The folder, there and open to its owner alone: to unpickle a file is to run what its writer wants."""
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    return folder
+
+
+def _make_room(folder: Path) -> None:
+    """Removes the files that were not used for longest; among them what a process left that was killed in writing."""
+    found = [(entry.stat().st_mtime_ns, entry.stat().st_size, entry.path) for entry in os.scandir(folder)]
+    room = MOST_BYTES
+    for _, size, path in sorted(found, reverse=True):
+        room -= size
+        if room < 0:
+            Path(path).unlink(missing_ok=True)
+
+
+@cache
+def _surroundings() -> tuple[Any, ...]:
+    """What does not change while a process runs: sources, versions, flags, and the processor."""
+    sources = hashlib.sha256()
+    for folder in PACKAGES:
+        for file in sorted(folder.rglob("*.py")):
+            sources.update(f"{file.relative_to(folder.parent)}\0".encode() + file.read_bytes() + b"\0")
+    return (sources.hexdigest(), jax.__version__, jaxlib.__version__, flax.__version__, os.environ.get("XLA_FLAGS"),
+            jax.device_count(), cores(), _processor())
+
+
+def _processor() -> str:
+    """Its model and what it can do, where the system tells it."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+    except OSError:
+        return repr(platform.uname())
+    wanted = ("vendor_id", "model", "flags", "Features", "CPU ")
+    return "\n".join(line for line in first.splitlines() if line.startswith(wanted))
