@@ -243,6 +243,7 @@ class Run:
         share, pace = batch // self.decoder.data_shards, Pace()
         with enough_memory(self.decoder, share, slots, self.pair.mesh):
             state = self._call(create_state, (self.decoder, share, slots), self.sampler, *put(self.pair.mesh, eos=eos))
+            self._prepare_rounds(state)
             waiting, rows = deque(requests), [None] * batch  # type: deque[Request], list[Request | None]
             while waiting or any(rows):
                 state = self._refill(state, waiting, rows)
@@ -250,6 +251,12 @@ class Run:
                 # With prompts waiting, stop at the first row that can be refilled; else finish them all.
                 state = self._rounds(state, rounds_per_chunk or slots, occupied if waiting else 1, pace)
                 yield from self._report(state, rows, rounds_per_chunk is not None)
+
+    def _prepare_rounds(self, state: DecodeState) -> None:
+        """Their program is made ready while prompts are read."""
+        if self.pair.mesh is None:
+            limits = put(None, max_rounds=np.int32(1), min_active=np.int32(1))
+            self.pair.programs.prepare(run_rounds, (self.decoder,), self.pair.params, state, *limits, donate=1)
 
     def _rounds(self, state: DecodeState, most: int, min_active: int, pace: Pace) -> DecodeState:
         """So many rounds, or fewer once fewer than `min_active` sequences are unfinished, in dispatches that are short

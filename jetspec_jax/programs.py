@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Thread
 from typing import Any
 
 import jax
@@ -115,6 +116,24 @@ class Programs:
             static: hashable leading arguments.
             donate: index into `args` whose buffers the result may take over.
         """
+        program = self._find(function, static, args, donate)
+        if program.run is None:
+            start = time.perf_counter()
+            self._fill(program, function, static, args, donate)
+            clock.waited += time.perf_counter() - start
+        assert program.run is not None
+        return program.run(*args)
+
+    def prepare(self, function: Callable[..., Any], static: tuple, *args: Any, donate: int | None = None) -> None:
+        """Begins to compile what will be called soon, beside what the caller does until then.
+
+        On a CPU alone: the compiler for a GPU tries products on it, which would disturb what runs there.
+        """
+        program = self._find(function, static, args, donate)
+        if program.run is None and jax.default_backend() == "cpu":
+            Thread(target=self._try_to_fill, args=(program, function, static, args, donate)).start()
+
+    def _find(self, function: Callable[..., Any], static: tuple, args: tuple, donate: int | None) -> _Program:
         leaves, structure = jax.tree.flatten(args)
         key = (function, static, donate, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
         with self._lock:
@@ -122,13 +141,16 @@ class Programs:
             self._programs.move_to_end(key)
             if len(self._programs) > self._most:
                 self._programs.popitem(last=False)
-        if program.run is None:
-            start = time.perf_counter()
-            with program.compiling:
-                if program.run is None:
-                    program.run = self._compile(function, static, args, donate)
-            clock.waited += time.perf_counter() - start
-        return program.run(*args)
+        return program
+
+    def _fill(self, program: _Program, *what: Any) -> None:
+        with program.compiling:
+            if program.run is None:
+                program.run = self._compile(*what)
+
+    def _try_to_fill(self, program: _Program, *what: Any) -> None:
+        with suppress(Exception):  # whoever calls the program tries again, and hears of it
+            self._fill(program, *what)
 
     def _compile(self, function: Callable[..., Any], static: tuple, args: tuple, donate: int | None) -> Any:
         start = time.perf_counter()
