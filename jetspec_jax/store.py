@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from inspect import isfunction
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +89,14 @@ def place_of(folder: Path, function: Callable[..., Any], static: tuple, args: tu
         source is not known; with a static argument that does not tell its value. Nor where JAX's compilation cache is
         on: what comes out of it runs, but lacks the functions without which it cannot be written again.
     """
+    known = isfunction(function) and function.__module__.partition(".")[0] in {package.name for package in PACKAGES}
+    if jax.default_backend() != "cpu" or not known or jax.config.values["jax_compilation_cache_dir"]:
+        return None
     leaves, structure = jax.tree.flatten(args)
     devices = set().union(*(leaf.devices() for leaf in leaves)) if leaves else {jax.devices()[0]}
     called = repr((function.__module__, function.__qualname__, static, donate, str(structure), options,
                    list(map(jax.typeof, leaves))))
-    if (jax.default_backend() != "cpu" or len(devices) > 1 or jax.config.values["jax_compilation_cache_dir"]
-            or function.__module__.partition(".")[0] not in {package.name for package in PACKAGES}
-            or "<locals>" in function.__qualname__ or " at 0x" in called):
+    if len(devices) > 1 or "<locals>" in called or " at 0x" in called:
         return None
     (device,) = devices
     settings = [item for item in sorted(jax.config.values.items()) if "cache" not in item[0]]
