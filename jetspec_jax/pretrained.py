@@ -114,8 +114,8 @@ def _load_target(folder: Path, head: DrafterConfig | None, dtype: str | None, me
     if head is not None:  # what does not fit should not cost the loading of a large target
         _check_head(head, shape, mesh)
     config, params = _load(folder, "target", dtype, mesh, verify)
-    return Pair(config, None, Params(params, {}), _load_tokenizer(folder), mesh=mesh,
-                programs=Programs(store=cache_folder() / "programs"))
+    store = cache_folder() / "programs" if mesh is None and jax.default_backend() == "cpu" else None
+    return Pair(config, None, Params(params, {}), _load_tokenizer(folder), Programs(store=store), mesh)
 
 
 def _join(pair: Pair, head: Path, dtype: str | None, verify: bool) -> Pair:

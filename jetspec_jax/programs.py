@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -24,9 +25,9 @@ from jetspec_jax.store import place_of
 GPU_OPTIONS = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,WHILE,CONDITIONAL",
                "xla_gpu_graph_min_graph_size": 1, "xla_gpu_dot_merger_threshold_mb": 0}
 
-# A program of the default pair takes 30 to 40 MB of a CPU's memory and seconds of compilation; a call of `generate`
-# needs five, and two to four more for other lengths of prompts and answers.
-MOST_PROGRAMS = 64
+# A call of `generate` needs five, and two to four more for other lengths of prompts and answers; two of them are large
+# (of the default pair 40 to 50 MB each on a CPU). What is stored comes back in a second; what is not is compiled again.
+MOST_PROGRAMS, MOST_BESIDE_STORE = 64, 16
 
 DISPATCH_SECONDS = 0.5
 MOST_ROUNDS = 1024  # of a dispatch
@@ -36,6 +37,12 @@ ROUNDS_OF_PROCESSES = 16
 def compiler_options() -> dict[str, Any]:
     """What XLA must be told on this backend."""
     return GPU_OPTIONS if jax.default_backend() == "gpu" else {}
+
+
+def give_back_memory() -> None:
+    """Tells the C library to return what was freed: glibc would keep hundreds of megabytes after a compilation."""
+    with suppress(OSError, AttributeError, TypeError):  # another library, or another system
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Clock:
@@ -87,17 +94,18 @@ class Programs:
 
     Args:
         options: what XLA must be told; None takes `compiler_options()`.
-        most: how many programs are kept.
-        store: a folder that keeps them for later processes too (`jetspec_jax.store`); None keeps them here alone.
+        most: how many programs are kept in memory; None takes 64, and 16 beside a store.
+        store: a folder that keeps them for later processes too (`jetspec_jax.store`).
 
     Attributes:
         compile_seconds: wall-clock seconds spent so far on compiling, or on loading what was stored, those of all
             threads added up.
     """
 
-    def __init__(self, options: dict[str, Any] | None = None, most: int = MOST_PROGRAMS,
+    def __init__(self, options: dict[str, Any] | None = None, most: int | None = None,
                  store: Path | None = None) -> None:
-        self._options, self._most, self._store = options, most, store
+        self._options, self._store = options, store
+        self._most = most or (MOST_PROGRAMS if store is None else MOST_BESIDE_STORE)
         self._lock = Lock()  # of what follows; never held for long
         self._programs: OrderedDict[Any, _Program] = OrderedDict()
         self.compile_seconds = 0.0
@@ -163,6 +171,7 @@ class Programs:
             program = jitted.lower(*args).compile(options)
             if place is not None:
                 place.save(program)
+        give_back_memory()
         with self._lock:
             self.compile_seconds += time.perf_counter() - start
         return program

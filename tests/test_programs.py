@@ -185,6 +185,14 @@ def test_a_program_that_goes_leaves_memory():
     assert alive() == before
 
 
+def test_fewer_programs_stay_beside_a_store(tmp_path):
+    for store, kept in ((None, 20), (tmp_path, 16)):
+        programs, multiply = Programs(store=store), counting(traced := [])
+        for power in (*range(20), *range(19, -1, -1)):  # back from the last one: those that are there are not compiled
+            programs(Clock(), multiply, (power,), TWO)
+        assert len(traced) == 20 + (20 - kept)
+
+
 def test_threads_get_the_answers_and_the_times_of_their_own(pair, monkeypatch):
     prompts = [[1, 2, 3 + i] for i in range(6)]
     compiled, compile_one, shared = [], Programs._compile, replace(pair, programs=Programs())
