@@ -20,6 +20,7 @@ FILES = {"tokenizer.json": MAX_TEXT, "vocab.json": MAX_TEXT, "merges.txt": MAX_T
 TEMPLATE = "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"  # a folder of NAME.jinja
 WHOLE = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))  # any of these makes a tokenizer
+GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")  # the class of a tokenizer.json that stands for itself
 # Settings that transformers takes for files to open, or for what it reads from them.
 OPENED = ("vocab", "merges", "init_inputs", "tokenizer_object", "name_or_path")
 OPENED_ENDINGS = ("_file", "_files", "_path", "_dir")
@@ -77,11 +78,11 @@ def load_tokenizer(source: Path) -> Any:
             raise _cannot_copy(source, error) from error
         if not any(all((folder / name).is_file() for name in names) for names in WHOLE):
             return None
-        from transformers import AutoTokenizer, PreTrainedTokenizerBase
+        from transformers import PreTrainedTokenizerBase
 
         try:
             with tokenizer_errors(f"the tokenizer in {source} cannot be loaded"):
-                tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+                tokenizer = _from_copy(folder)
         except JetSpecError as error:
             raise JetSpecError(str(error).replace(copy, str(source))) from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -91,6 +92,20 @@ def load_tokenizer(source: Path) -> Any:
         settings.update({name: value.replace(copy, str(source), 1) for name, value in settings.items()
                          if isinstance(value, str) and value.startswith(copy)})
     return tokenizer
+
+
+def _from_copy(folder: Path) -> Any:
+    """What transformers makes of files that are known to be harmless."""
+    settings = folder / "tokenizer_config.json"
+    named = read_json(settings).get("tokenizer_class") if settings.is_file() else None
+    plain = named in GENERIC and (folder / "tokenizer.json").is_file() and not (folder / "config.json").is_file()
+    if plain:  # no model to choose a class by: AutoTokenizer, which imports models and PyTorch, would take the same
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _cannot_copy(source: Path, error: OSError) -> JetSpecError:
