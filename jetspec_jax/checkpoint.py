@@ -1,7 +1,8 @@
 """Checkpoints: Orbax arrays with a description beside them, written beside the destination and renamed.
 
     OUT/jetspec.json    {"format": "jetspec-jax", "version": 2, "kind": "target" or "head", "config": {}, "source": "",
-                        "checksums": {"FILE below arrays/": CRC-32 in hexadecimal}}; version 1 has no checksums
+                        "checksums": {"FILE below arrays/": CRC-32 in hexadecimal}}; version 1 has no checksums,
+                        version 3 is written where the matrices lie in tiles
     OUT/arrays/         the parameters, as Orbax writes them
     OUT/tokenizer/      Hugging Face tokenizer files, where the source had them
 """
@@ -24,8 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding
 
 from jetspec_jax.autoregressive import autoregressive_shapes
 from jetspec_jax.collectives import TENSOR
@@ -41,18 +41,20 @@ from jetspec_jax.config import (
 from jetspec_jax.errors import DamagedError, JetSpecError, first_line, shown
 from jetspec_jax.files import MAX_JSON, check_ordinary, local_path, locked, read_json
 from jetspec_jax.head import head_shapes
-from jetspec_jax.layout import check_layout
-from jetspec_jax.sharding import arrange, named_map, shards_of, stored_spec
+from jetspec_jax.layout import check_layout, read_array
+from jetspec_jax.sharding import arrange, named_map, place, shards_of, stored_spec
 from jetspec_jax.target import target_shapes
 from jetspec_jax.tiles import cores, from_tiles
 
-FORMAT, VERSION = "jetspec-jax", 2
-READABLE = (1, VERSION)
+FORMAT, VERSION = "jetspec-jax", 3
+PLAIN_VERSION = 2  # of plain matrices: earlier releases read them too
+READABLE = (1, PLAIN_VERSION, VERSION)
 DESCRIPTION, ARRAYS, TOKENIZER = "jetspec.json", "arrays", "tokenizer"
-_NOT_STORED = ("weight_tile", "shards", "kernels")  # of the config: how a model runs, not what it is
+_NOT_STORED = ("weight_tile", "shards", "kernels")  # of the config: how a model runs, not what it is; but see `save`
 _LATER = ("rope_scaling", "accept_lengths")  # fields that the first files lack
 SMALL_BYTES = 2**16  # of a file that describes others
-PIECE_BYTES = 2**26  # of one file: who reads a share of an array reads the pieces that hold it
+PIECE_BYTES = 2**27  # of one file: an array in one piece can be mapped, and who reads a share reads whole pieces
+MOST_MAPPED = 128  # arrays: each keeps a file open, and some systems allow a process 256
 _KINDS: dict[str, tuple[Any, Any]] = {
     "target": (TargetConfig, target_shapes), "head": (HeadConfig, head_shapes),
     "autoregressive_head": (AutoregressiveHeadConfig, autoregressive_shapes)}
@@ -93,14 +95,14 @@ def written_beside(out: Path) -> Iterator[Path]:
             raise
 
 
-def save(folder: Path, config: TargetConfig | DrafterConfig, params: dict, source: str) -> None:
+def save(folder: Path, config: TargetConfig | DrafterConfig, params: dict, source: str, tiles: bool = False) -> None:
     """Writes a checkpoint into the existing folder `folder` (see `written_beside`).
 
     Args:
         config: what the parameters belong to.
-        params: `{"params": ...}` of JAX arrays; committed ones are written without a copy. Tiles are written as the
-            matrices that they make up.
+        params: `{"params": ...}` of JAX arrays; committed ones are written without a copy.
         source: where the parameters came from, for people to read.
+        tiles: write tiles as they are, which earlier releases do not read; otherwise as the matrices that they make up.
 
     Raises:
         JetSpecError: the disk is too small or refuses the data; one of several processes; or a model that several
@@ -113,9 +115,12 @@ def save(folder: Path, config: TargetConfig | DrafterConfig, params: dict, sourc
     if any(mesh.shape.get(TENSOR, 1) > 1 for mesh in meshes):  # columns are dealt out in another order
         raise JetSpecError("a model whose layers are shared by several devices cannot be written: load it without a "
                            "mesh")
-    config, params = from_tiles(config, params)
+    if not tiles:
+        config, params = from_tiles(config, params)
     _reserve(folder, sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
     kind = _kind_of(config)
+    import orbax.checkpoint as ocp  # takes long, and decoding on one device does without
+
     # Weights do not compress, and uncompressed pieces need no second copy in memory.
     handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, use_compression=False, use_ocdbt=False)
     try:
@@ -128,7 +133,10 @@ def save(folder: Path, config: TargetConfig | DrafterConfig, params: dict, sourc
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_STORED}
     if config.rope_scaling is not None:
         fields["rope_scaling"] = {name: value for name, value in fields["rope_scaling"].items() if value is not None}
-    description = {"format": FORMAT, "version": VERSION, "kind": kind, "config": fields, "source": source,
+    if config.weight_tile is not None:
+        fields["weight_tile"] = config.weight_tile
+    version = PLAIN_VERSION if config.weight_tile is None else VERSION
+    description = {"format": FORMAT, "version": version, "kind": kind, "config": fields, "source": source,
                    "checksums": checksums(folder)}
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
 
@@ -171,20 +179,24 @@ def _read_description(folder: Path) -> tuple[TargetConfig | DrafterConfig, dict[
     version, kind, config = (description.get(name) for name in ("version", "kind", "config"))
     if not is_integer(version) or version not in READABLE:
         raise JetSpecError(f"{folder} has format version {shown(version)} and this release reads version "
-                           f"{' and '.join(map(str, READABLE))}: update jetspec-jax, or convert the original weights "
+                           f"{', '.join(map(str, READABLE))}: update jetspec-jax, or convert the original weights "
                            "again")
     if not isinstance(kind, str) or kind not in _KINDS:
         raise JetSpecError(f"{folder} holds a checkpoint of unknown kind {shown(kind)}")
     try:
-        return _read_config(_KINDS[kind][0], config), None if version == 1 else _read_checksums(description)
+        return (_read_config(_KINDS[kind][0], config, in_tiles=version == VERSION),
+                None if version == 1 else _read_checksums(description))
     except (TypeError, JetSpecError) as error:
         raise DamagedError(f"the description of {folder} is damaged: {first_line(error)}") from error
 
 
-def _read_config(config_class: Any, config: Any) -> TargetConfig | DrafterConfig:
+def _read_config(config_class: Any, config: Any, in_tiles: bool) -> TargetConfig | DrafterConfig:
     """A config from what the description says of it."""
     require(isinstance(config, dict), "it has no config")
     fields = {name: value for name, value in config.items() if name not in _NOT_STORED}
+    if in_tiles:
+        require(config.get("weight_tile") is not None, "its config lacks weight_tile")
+        fields["weight_tile"] = config["weight_tile"]
     known = {entry.name for entry in dataclasses.fields(config_class)}
     missing = sorted(known - fields.keys() - {*_NOT_STORED, *_LATER})
     require(not missing, f"its config lacks {', '.join(missing)}")
@@ -206,9 +218,13 @@ def _read_checksums(description: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def load(folder: Path, dtype: str | None = None, mesh: Mesh | None = None,
-         verify: bool = True) -> tuple[TargetConfig | DrafterConfig, dict]:
+def load(folder: Path, dtype: str | None = None, mesh: Mesh | None = None, verify: bool = True,
+         tiles: bool = False) -> tuple[TargetConfig | DrafterConfig, dict]:
     """Loads a checkpoint onto the first local device, or straight into the shares of a mesh's devices.
+
+    On a CPU, arrays that keep their dtype and lie in one piece are not copied: they are the file's own pages, which
+    the system reads when they are needed, shares between processes and can let go. A checkpoint that is in use may be
+    removed or replaced, as `written_beside` does, but must not be written into or cut short.
 
     Args:
         folder: what `save` wrote.
@@ -216,9 +232,10 @@ def load(folder: Path, dtype: str | None = None, mesh: Mesh | None = None,
         mesh: from `jetspec_jax.sharding.make_mesh`, or None.
         verify: compare every file with its checksum, while the arrays are read. Each process of a mesh does so, for
             the shares of the others too.
+        tiles: keep tiles where the matrices lie in them (without a mesh); otherwise they are made plain.
 
     Returns:
-        (config with the dtype of the arrays, `{"params": ...}`).
+        (config with the dtype and the tiles of the arrays, `{"params": ...}`).
 
     Raises:
         JetSpecError: see `load_config`; or arrays that are missing, truncated, changed or of another shape; or a model
@@ -228,7 +245,7 @@ def load(folder: Path, dtype: str | None = None, mesh: Mesh | None = None,
     config = stored.with_dtype(dtype or stored.dtype)
     config.share(shards_of(mesh)[1])
     try:
-        params = _read_arrays(folder, stored, config, mesh, expected if verify else None)
+        config, params = _read_arrays(folder / ARRAYS, stored, config, mesh, expected if verify else None)
     except Exception as error:  # missing files, wrong shapes and damaged data each raise another type
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             raise JetSpecError(f"{folder} does not fit into the memory that is free ({first_line(error)}): load it "
@@ -238,13 +255,12 @@ def load(folder: Path, dtype: str | None = None, mesh: Mesh | None = None,
             raise JetSpecError(f"the arrays of {folder} cannot be read: {first_line(error)}") from error
         raise DamagedError(f"the arrays of {folder} are damaged or do not match its description: "
                            f"{first_line(error)}") from error
-    return config, params
+    return (config, params) if tiles else from_tiles(config, params, consume=True)
 
 
-def _read_arrays(folder: Path, stored: TargetConfig | DrafterConfig, config: TargetConfig | DrafterConfig,
-                 mesh: Mesh | None, expected: dict[str, str] | None) -> dict:
-    """The parameters of a checkpoint of the shape `stored`, as `config` wants them."""
-    arrays = folder / ARRAYS
+def _read_arrays(arrays: Path, stored: TargetConfig | DrafterConfig, config: TargetConfig | DrafterConfig,
+                 mesh: Mesh | None, expected: dict[str, str] | None) -> tuple[TargetConfig | DrafterConfig, dict]:
+    """(config, parameters) of a checkpoint of the shape `stored`, as `config` wants them; plain over a mesh."""
     entries = [entry.name for entry in arrays.iterdir()]
     # Before anything is made for each layer: their names say how many there are.
     if stored.num_layers > len(entries):
@@ -254,32 +270,53 @@ def _read_arrays(folder: Path, stored: TargetConfig | DrafterConfig, config: Tar
             check_ordinary(file)
     sizes = {name: check_ordinary(arrays / name) for name in expected or ()}
     _compare(arrays, expected, [name for name, size in sizes.items() if size <= SMALL_BYTES])
-    shapes_of = _KINDS[_kind_of(config)][1]
-
-    def read(name: str, leaf: jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:
-        place = (NamedSharding(mesh, stored_spec(name, len(leaf.shape))) if mesh is not None
-                 else SingleDeviceSharding(jax.local_devices()[0]))
-        return ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=place, global_shape=leaf.shape, strict=True)
-
-    found = shapes_of(stored)
-    used = check_layout(arrays, found)
+    shapes = _KINDS[_kind_of(stored)][1](stored)
+    used = check_layout(arrays, shapes)
     if expected is not None and used - expected.keys():
         raise ValueError(f"the description has no checksum of {min(used - expected.keys())}")
     for name in sizes.keys() - used:
         check_ordinary(arrays / name, MAX_JSON)  # what else Orbax writes is never large
-    shapes = found if config == stored else shapes_of(config)
-    with _threads(1) as beside:
+    with _threads(cores()) as beside:
         large = [beside.submit(_compare, arrays, expected, [name])
                  for name, size in sizes.items() if size > SMALL_BYTES]
-        with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1)) as reader:
-            params = reader.restore(arrays.absolute(), args=ocp.args.PyTreeRestore(
-                item=shapes, restore_args=named_map(read, shapes)))
-        if mesh is not None:
-            params = named_map(lambda name, leaf: arrange(name, leaf, config, mesh), params)
+        if mesh is None:
+            params = _read_whole(arrays, shapes, config)
+        elif stored.weight_tile is None:
+            params = _read_shares(arrays, shapes, config, mesh)
+        else:
+            config, params = from_tiles(config, _read_whole(arrays, shapes, config), consume=True)
+            params = named_map(lambda name, leaf: place(name, leaf, config, mesh), params)
         jax.block_until_ready(params)
         for compared in large:
             compared.result()
-    return params
+    return config, params
+
+
+def _read_whole(arrays: Path, shapes: dict, config: TargetConfig | DrafterConfig) -> dict:
+    """Parameters on the first local device; the largest are mapped where they can be."""
+    device, sizes = jax.local_devices()[0], sorted((leaf.size for leaf in jax.tree.leaves(shapes)), reverse=True)
+    small = sizes[MOST_MAPPED] if len(sizes) > MOST_MAPPED else 0
+
+    def read(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        value = read_array(arrays / name.replace("/", "."), leaf, config.jnp_dtype, mapped=leaf.size > small)
+        return jax.device_put(value, device)
+
+    return named_map(read, shapes)
+
+
+def _read_shares(arrays: Path, shapes: dict, config: TargetConfig | DrafterConfig, mesh: Mesh) -> dict:
+    """Parameters over a mesh: Orbax reads for each process the pieces that hold its shares."""
+    import orbax.checkpoint as ocp
+
+    def read(name: str, leaf: jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:
+        return ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=NamedSharding(mesh, stored_spec(name, len(leaf.shape))),
+                                    global_shape=leaf.shape, strict=True)
+
+    wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, config.jnp_dtype), shapes)
+    with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1)) as reader:
+        params = reader.restore(arrays.absolute(), args=ocp.args.PyTreeRestore(
+            item=wanted, restore_args=named_map(read, wanted)))
+    return named_map(lambda name, leaf: arrange(name, leaf, config, mesh), params)
 
 
 @contextlib.contextmanager

