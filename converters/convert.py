@@ -28,6 +28,7 @@ from jetspec_jax.sharding import place, shards_of
 
 HUB_FILES = ("*.json", "*.safetensors", "merges.txt", "chat_template.jinja", f"{MORE_TEMPLATES}/*.jinja",
              "tokenizer.model")
+PATIENCE = 1.0  # seconds before a bar is worth showing
 
 
 def read_target(source: Path, dtype: str | None = None, progress: bool = True,
@@ -151,7 +152,8 @@ def _read(source: TensorSource, config: Any, slots: list[Slot], dtype: str | Non
         raise JetSpecError(f"{source.label} is float64, which needs jax_enable_x64: choose another dtype, like float32")
     check_names(source, slots, lambda name: _is_buffer(name) or (name == "lm_head.weight" and _tied(config)))
     total = sum(math.prod(part.shape) for slot in slots for part in slot.parts) * config.jnp_dtype.itemsize
-    with tqdm(total=total, unit="B", unit_scale=True, desc=Path(source.label).name, disable=not progress) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc=Path(source.label).name, disable=not progress,
+              delay=PATIENCE) as bar:
         return config, assemble(source, slots, config.dtype, bar.update,
                                 lambda name, value: place(name, value, config, mesh))
 

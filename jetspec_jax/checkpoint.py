@@ -243,7 +243,7 @@ def load(folder: Path, dtype: str | None = None, mesh: Mesh | None = None, verif
     """
     stored, expected = _read_description(folder)
     config = stored.with_dtype(dtype or stored.dtype)
-    config.share(shards_of(mesh)[1])
+    dataclasses.replace(config, weight_tile=None).share(shards_of(mesh)[1])
     try:
         config, params = _read_arrays(folder / ARRAYS, stored, config, mesh, expected if verify else None)
     except Exception as error:  # missing files, wrong shapes and damaged data each raise another type

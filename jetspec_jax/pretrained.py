@@ -210,11 +210,11 @@ def _by_hand(source: str, kind: str, preset: Preset | None) -> str:
 
 
 def _read_config(folder: Path, kind: str) -> Any:
-    """The shape of a target or head, checked to be of that kind."""
+    """The shape of a target or head, however its weights lie, checked to be of that kind."""
     config = checkpoint.load_config(folder) if checkpoint.is_checkpoint(folder) else convert.read_config(folder, kind)
     if not isinstance(config, TargetConfig if kind == "target" else DrafterConfig):
         raise JetSpecError(f"{folder} does not hold a {kind}: target and head may have been swapped")
-    return config
+    return replace(config, weight_tile=None)
 
 
 def _load(folder: Path, kind: str, dtype: str | None, mesh: Mesh | None, verify: bool) -> tuple[Any, dict]:

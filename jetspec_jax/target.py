@@ -163,5 +163,14 @@ def _touch_all(module: Target, *args) -> Array:
 
 
 def target_shapes(config: TargetConfig) -> dict:
-    """The parameters as `jax.ShapeDtypeStruct`s: the one description of names and shapes of a target."""
-    return jax.eval_shape(lambda: init_target(config, jax.random.key(0)))
+    """The parameters as `jax.ShapeDtypeStruct`s: the one description of names and shapes of a target.
+
+    Only the first layer of each kind is traced: the others are like it.
+    """
+    kinds = [config.has_experts(i) for i in range(config.num_layers)]
+    firsts = list(dict.fromkeys(kinds))
+    few = replace(config, num_layers=len(firsts), dense_layers=tuple(
+        i for i, experts in enumerate(firsts) if config.num_experts and not experts))
+    made = jax.eval_shape(lambda: init_target(few, jax.random.key(0)))["params"]
+    layers = {f"layers_{i}": made[f"layers_{firsts.index(kind)}"] for i, kind in enumerate(kinds)}
+    return {"params": {**made, **layers}}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import gc
 import json
 import os
 import shutil
@@ -18,8 +19,8 @@ from jetspec_jax import JetSpecError, checkpoint
 from jetspec_jax.errors import DamagedError
 from jetspec_jax.head import head_shapes
 from jetspec_jax.sharding import make_mesh
-from jetspec_jax.target import target_shapes
-from tests.models import on_mesh, random_pair, tiny_head, tiny_target
+from jetspec_jax.target import init_target, target_shapes
+from tests.models import on_mesh, random_pair, tiny_head, tiny_moe, tiny_target
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,72 @@ def test_what_is_saved_is_loaded(pair, saved):
         assert loaded_config == config
         jax.tree.map(np.testing.assert_array_equal, loaded, params)
         assert jax.tree.leaves(loaded)[0].dtype == config.dtype
+
+
+def mapped(folder):
+    """Which arrays of a checkpoint are pages of this process."""
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("this system does not tell")
+    arrays = str(folder / checkpoint.ARRAYS) + os.sep
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {line.partition(arrays)[2].partition(os.sep)[0] for line in lines if arrays in line}
+
+
+def test_arrays_are_the_files_own_pages(pair, copy):
+    """Until they are deleted; whatever becomes of the files' names, and whoever is given the arrays to write into."""
+    arrays = copy / checkpoint.ARRAYS
+    before = (arrays / "params.embedding" / "0.0").read_bytes()
+    _, params = checkpoint.load(copy)
+    names = {entry.name for entry in arrays.glob("params.*")}
+    assert mapped(copy) == names
+    embedding = params["params"].pop("embedding")
+    written = jax.jit(lambda table: table.at[0].set(9), donate_argnums=0)(embedding)
+    assert (np.asarray(written)[0] == 9).all()
+    assert (arrays / "params.embedding" / "0.0").read_bytes() == before
+    del embedding, written
+    gc.collect()
+    assert mapped(copy) == names - {"params.embedding"}
+    shutil.rmtree(copy)
+    expected = {name: leaf for name, leaf in pair.params.target["params"].items() if name != "embedding"}
+    jax.tree.map(np.testing.assert_array_equal, params["params"], expected)
+    jax.tree.map(lambda leaf: leaf.delete(), params)
+    gc.collect()
+    assert mapped(copy) == set()
+
+
+def test_few_files_are_kept_open(pair, copy, monkeypatch):
+    """The largest, and none that is as large as one which is copied: two matrices of 1024 numbers, two of 768."""
+    sizes = sorted((leaf.size for leaf in jax.tree.leaves(pair.params.target)), reverse=True)
+    assert sizes[:5] == [1024, 1024, 768, 768, 512]
+    largest = {f"params.layers_{i}.attention.qkv_proj.kernel" for i in (0, 1)}
+    for most, names in ((0, set()), (1, set()), (2, largest), (3, largest)):
+        monkeypatch.setattr(checkpoint, "MOST_MAPPED", most)
+        _, params = checkpoint.load(copy)
+        assert mapped(copy) == names
+        jax.tree.map(np.testing.assert_array_equal, params, pair.params.target)
+        del params
+        gc.collect()
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("piece", [200, 2**20])
+def test_pieces_are_put_together(pair, tmp_path, monkeypatch, dtype, piece):
+    monkeypatch.setattr(checkpoint, "PIECE_BYTES", piece)
+    with checkpoint.written_beside(tmp_path / "out") as beside:
+        checkpoint.save(beside, pair.target_config, pair.params.target, "a test")
+    several = len(list((tmp_path / "out" / checkpoint.ARRAYS / "params.embedding").glob("[0-9]*"))) > 1
+    assert several == (piece == 200)
+    config, params = checkpoint.load(tmp_path / "out", dtype)
+    assert config.dtype == (dtype or "float32")
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.asarray(b).astype(config.dtype)), params,
+                 pair.params.target)
+
+
+def test_a_number_too_large_for_the_dtype_is_infinite(pair, tmp_path):
+    params = jax.tree.map(lambda leaf: leaf * 1e30, pair.params.target)
+    with checkpoint.written_beside(tmp_path / "out") as beside:
+        checkpoint.save(beside, pair.target_config, params, "a test")
+    assert np.isinf(checkpoint.load(tmp_path / "out", "float16")[1]["params"]["embedding"]).all()
 
 
 def test_loading_can_cast(pair, saved):
@@ -206,6 +273,15 @@ def test_shapes_are_known_whatever_kernels_are_asked_for(pair):
     for config, shapes in ((pair.target_config, target_shapes), (pair.head_config, head_shapes)):
         kernels = dataclasses.replace(config, kernels="pallas")
         assert shapes(kernels) == shapes(config)
+
+
+def test_layers_of_a_kind_are_alike():
+    """Shapes are those of a model that is made whole."""
+    moe = tiny_moe(num_layers=4, dtype="float32")
+    for config in (tiny_target(num_layers=3, dtype="float32"), moe, dataclasses.replace(moe, dense_layers=(0, 2)),
+                   dataclasses.replace(moe, dense_layers=(3,)), dataclasses.replace(moe, dense_layers=(0, 1, 2, 3))):
+        whole = init_target(config, jax.random.key(0))
+        assert target_shapes(config) == jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), whole)
 
 
 def test_missing_arrays_are_refused(copy):

