@@ -13,6 +13,7 @@ from jax import Array
 
 from converters.names import Part, Slot
 from jetspec_jax.errors import JetSpecError
+from jetspec_jax.host import empty
 
 Progress = Callable[[int], object]  # told how many bytes of the result are done
 
@@ -66,7 +67,7 @@ def assemble(source: TensorSource, slots: list[Slot], dtype: str, progress: Prog
 
 def _join(source: TensorSource, slot: Slot, dtype: np.dtype) -> np.ndarray:
     """One parameter: its parts transposed, cast and put where they belong."""
-    joined = np.empty(slot.shape, dtype)
+    joined = empty(slot.shape, dtype)
     for part, piece in _pieces(slot, joined):
         tensor = source.read(part.name)
         with np.errstate(over="ignore"):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import mmap
 import re
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 
 from jetspec_jax.config import is_integer
 from jetspec_jax.files import check_ordinary, parse_json, read_bytes
+from jetspec_jax.host import empty, map_file
 from jetspec_jax.sharding import named_map
 
 TREE = "_METADATA"
@@ -54,7 +54,7 @@ def check_layout(arrays: Path, shapes: dict) -> set[str]:
 
 
 def read_array(folder: Path, leaf: jax.ShapeDtypeStruct, dtype: np.dtype, mapped: bool = True) -> np.ndarray:
-    """An array whose layout was checked, where JAX can use it on a CPU without a copy: it begins on a page.
+    """An array whose layout was checked, where JAX can use it on a CPU without another copy.
 
     Args:
         folder: of the array.
@@ -70,20 +70,13 @@ def read_array(folder: Path, leaf: jax.ShapeDtypeStruct, dtype: np.dtype, mapped
     files = {at: folder / ".".join(map(str, at)) for at in itertools.product(*map(range, counts))}
     if mapped and piece == leaf.shape and stored == dtype:
         (file,) = files.values()
-        return _map(file, piece, stored)
-    copy = np.frombuffer(mmap.mmap(-1, math.prod(leaf.shape) * dtype.itemsize), dtype).reshape(leaf.shape)
+        return map_file(file, piece, stored)
+    copy = empty(leaf.shape, dtype)
     with np.errstate(over="ignore"):
         for at, file in files.items():
             part = copy[tuple(slice(i * n, (i + 1) * n) for i, n in zip(at, piece, strict=True))]
-            part[...] = _map(file, piece, stored)[tuple(map(slice, part.shape))]  # the last pieces may be filled up
+            part[...] = map_file(file, piece, stored)[tuple(map(slice, part.shape))]  # the last pieces may be filled up
     return copy
-
-
-def _map(file: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """A file's numbers in the pages that the system keeps of it; they stay mapped as long as the array lives."""
-    with file.open("rb") as stream:
-        pages = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    return np.frombuffer(pages, dtype).reshape(shape)
 
 
 def _check_tree(metadata: dict[str, Any], names: set[str]) -> None:

@@ -15,10 +15,12 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from jetspec_jax.config import TargetConfig, TransformerConfig
 from jetspec_jax.errors import JetSpecError
+from jetspec_jax.host import empty
 
 TILE = 64  # columns
 MOST_ROWS = 32  # beyond them the copies of x that `tiled_product` makes cost more than they save
@@ -151,14 +153,21 @@ def _column_axis(config: TransformerConfig, path: tuple[Any, ...]) -> int | None
     return {"kernel": 1, "lm_head": 1, "embedding": 0 if tied else None}.get(path[-1].key)
 
 
-@partial(jax.jit, static_argnames=("axis", "tile"))
 def _into_tiles(w: Array, axis: int, tile: int) -> Array:
-    """[A, Z], or [Z, A] where the columns lie on axis 0, -> [Z/tile, A, tile]."""
-    plain = w.T if axis == 0 else w
-    return plain.reshape(plain.shape[0], -1, tile).transpose(1, 0, 2)
+    """[A, Z], or [Z, A] where the columns lie on axis 0, -> [Z/tile, A, tile].
+
+    On the host: a program for each shape would take longer to compile than to run.
+    """
+    plain = np.asarray(w).T if axis == 0 else np.asarray(w)
+    tiles = empty((plain.shape[1] // tile, plain.shape[0], tile), plain.dtype)
+    tiles[...] = plain.reshape(plain.shape[0], -1, tile).transpose(1, 0, 2)
+    return jax.device_put(tiles, w.sharding)
 
 
-@partial(jax.jit, static_argnums=1)
 def _out_of_tiles(tiles: Array, axis: int) -> Array:
-    plain = tiles.transpose(1, 0, 2).reshape(tiles.shape[1], -1)
-    return plain.T if axis == 0 else plain
+    """The inverse of `_into_tiles`."""
+    count, width, tile = tiles.shape
+    whole = empty((count * tile, width) if axis == 0 else (width, count * tile), tiles.dtype)
+    plain = whole.T if axis == 0 else whole
+    plain.reshape(width, count, tile)[...] = np.asarray(tiles).transpose(1, 0, 2)
+    return jax.device_put(whole, tiles.sharding)

@@ -152,7 +152,7 @@ def test_a_checkpoint_can_hold_tiles(kept):
 
 def test_loading_takes_kept_tiles_as_it_is_asked(kept):
     _, folder = kept
-    for options, tile in (({}, 8), ({"tiles": True}, 8), ({"tiles": False}, None), ({"mesh": make_mesh(1)}, None)):
+    for options, tile in (({}, None), ({"tiles": True}, 8), ({"tiles": False}, None), ({"mesh": make_mesh(1)}, None)):
         found = load_pretrained(folder / "t", folder / "h", **options)
         assert (found.target_config.weight_tile, found.head_config.weight_tile) == (tile, tile)
     assert load_pretrained(folder / "t", mesh=make_mesh(2)).target_config.weight_tile is None
