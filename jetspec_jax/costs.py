@@ -39,7 +39,9 @@ from pallas_kernels.gated_product.reference import gate
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 MARGIN = 1.05  # by which a tree must win: what is not timed (attention, the tree itself) costs it more than one row
-SWEEPS, SECONDS = 7, 0.15  # over a sample, of which the fastest counts (other work only adds); fewer after the seconds
+# Sweeps over the sample, in each of which every step may be disturbed: its fastest one counts. As many as fit into the
+# seconds, for every number of rows.
+LEAST_SWEEPS, MOST_SWEEPS, SECONDS = 3, 9, 0.4
 _Part = tuple[Callable[[Any, Array], Array], list[Any]]  # (weights, x [1, rows, D]) -> the next x; weights to run over
 SAMPLE_BYTES = 2**27  # of layers that are timed in turn: more than most processors keep in a cache
 
@@ -160,28 +162,27 @@ def _time(target: TargetConfig, head: DrafterConfig | None, params: Params,
     parts = [(tile, part) for tile in layouts for part in (_lm_head(target, params.target, tile),
                                                            _layers(target, params.target, tile))]
     work = [(rows, i) for rows in ROWS for i in range(len(parts))]
-    seconds: dict[tuple[int, int], float] = {}
+    best: dict[tuple[int, int], np.ndarray] = {}  # seconds of each step
     with ThreadPoolExecutor(cores()) as pool, tqdm(total=2 * len(work), leave=False, delay=0.5,
                                                    desc="timing this processor, once") as bar:
 
-        def prepare(key: tuple[int, int]) -> Callable[[], None]:
+        def prepare(key: tuple[int, int]) -> Callable[[], np.ndarray]:
             rows, i = key
-            sweep = _sweep(*parts[i][1], jnp.full((1, rows, target.hidden_size), 0.1, target.jnp_dtype))
+            sweep = _compiled(*parts[i][1], jnp.full((1, rows, target.hidden_size), 0.1, target.jnp_dtype))
             bar.update()
             return sweep
 
         sweeps = dict(zip(work, pool.map(prepare, work), strict=True))
         for rows in ROWS:
-            end = time.perf_counter() + SECONDS * len(parts)
-            for turn in range(SWEEPS):
-                if turn >= 2 and time.perf_counter() > end:
-                    break
-                for i in range(len(parts)):
-                    start = time.perf_counter()
-                    sweeps[rows, i]()
-                    taken = time.perf_counter() - start
-                    seconds[rows, i] = min(taken, seconds.get((rows, i), taken))
-            bar.update(len(parts))
+            mine = [(rows, i) for i in range(len(parts))]
+            end = time.perf_counter() + SECONDS
+            for turn in range(MOST_SWEEPS):
+                if turn < LEAST_SWEEPS or time.perf_counter() < end:
+                    for key in mine:
+                        taken = sweeps[key]()
+                        best[key] = np.minimum(taken, best.get(key, taken))
+            bar.update(len(mine))
+    seconds = {key: float(steps.sum()) for key, steps in best.items()}
 
     def costs(i: int, tile: int | None) -> Costs:
         def total(model: dict) -> tuple[float, ...]:
@@ -223,15 +224,16 @@ def _layers(config: TargetConfig, params: dict, tile: int | None) -> _Part:
     return run, sample
 
 
-def _sweep(run: Callable[[Any, Array], Array], sample: list[Any], x: Array) -> Callable[[], None]:
-    """One call after the other over all of a sample, each on the result of the one before."""
-    compiled = jax.jit(partial(run)).lower(sample[0], x).compile()
+def _compiled(run: Callable[[Any, Array], Array], sample: list[Any], x: Array) -> Callable[[], np.ndarray]:
+    """A sweep over a sample, each step on the result of the one before: how many seconds each took."""
+    program = jax.jit(partial(run)).lower(sample[0], x).compile()
 
-    def sweep() -> None:
-        state = x
+    def sweep() -> np.ndarray:
+        state, times = x, [time.perf_counter()]
         for weights in sample:
-            state = compiled(weights, state)
-        jax.block_until_ready(state)
+            state = program(weights, state).block_until_ready()
+            times.append(time.perf_counter())
+        return np.diff(times)
 
     sweep()  # the first one touches memory
     return sweep
