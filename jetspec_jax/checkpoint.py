@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jetspec_jax.autoregressive import autoregressive_shapes
@@ -41,6 +42,7 @@ from jetspec_jax.config import (
 from jetspec_jax.errors import DamagedError, JetSpecError, first_line, shown
 from jetspec_jax.files import MAX_JSON, check_ordinary, local_path, locked, read_json
 from jetspec_jax.head import head_shapes
+from jetspec_jax.host import map_file
 from jetspec_jax.layout import check_layout, read_array
 from jetspec_jax.sharding import arrange, named_map, place, shards_of, stored_spec
 from jetspec_jax.target import target_shapes
@@ -337,13 +339,9 @@ def _compare(arrays: Path, expected: dict[str, str] | None, names: list[str]) ->
 
 
 def _checksum(file: Path) -> str:
-    """CRC-32 of a file's bytes, in few pieces: between two of them this thread waits for Python's lock."""
-    value = 0
-    with file.open("rb", buffering=0) as stream:
-        piece = bytearray(min(os.fstat(stream.fileno()).st_size, 2**23) or 1)
-        while size := stream.readinto(piece):
-            value = zlib.crc32(memoryview(piece)[:size], value)
-    return f"{value:08x}"
+    """CRC-32 of a file's bytes, without Python's lock: two threads take half the time."""
+    size = check_ordinary(file)
+    return f"{zlib.crc32(map_file(file, (size,), np.dtype(np.uint8)).data) if size else 0:08x}"
 
 
 def _reserve(folder: Path, size: int) -> None:

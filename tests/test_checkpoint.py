@@ -178,7 +178,9 @@ def test_checksums_are_those_of_zip(saved):
 
 @pytest.mark.parametrize("at", [0, 2**20 - 1, 2**20, 2_500_000 - 1])
 def test_every_byte_of_a_file_counts(tmp_path, at):
-    """However many pieces a file is read in, and wherever in them a byte is."""
+    """Wherever it is; and a file without any has a checksum too."""
+    (tmp_path / "empty").touch()
+    assert checkpoint._checksum(tmp_path / "empty") == "00000000"
     content = bytearray(np.random.default_rng(0).bytes(2_500_000))
     (tmp_path / "sound").write_bytes(content)
     content[at] ^= 1
