@@ -25,9 +25,10 @@ from jetspec_jax.store import place_of
 GPU_OPTIONS = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,WHILE,CONDITIONAL",
                "xla_gpu_graph_min_graph_size": 1, "xla_gpu_dot_merger_threshold_mb": 0}
 
-# A call of `generate` needs five, and two to four more for other lengths of prompts and answers; two of them are large
-# (of the default pair 40 to 50 MB each on a CPU). What is stored comes back in a second; what is not is compiled again.
-MOST_PROGRAMS, MOST_BESIDE_STORE = 64, 16
+# A call of `generate` needs five, nine where two ways of decoding take turns, and two to four more for other lengths of
+# prompts and answers. On a CPU the large ones of the default pair take 40 MB each: what is stored may go, for it comes
+# back in a second.
+MOST_PROGRAMS, MOST_BESIDE_STORE = 64, 10
 
 DISPATCH_SECONDS = 0.5
 MOST_ROUNDS = 1024  # of a dispatch
@@ -94,7 +95,7 @@ class Programs:
 
     Args:
         options: what XLA must be told; None takes `compiler_options()`.
-        most: how many programs are kept in memory; None takes 64, and 16 beside a store.
+        most: how many programs are kept in memory; None takes 64, and 10 beside a store.
         store: a folder that keeps them for later processes too (`jetspec_jax.store`).
 
     Attributes:

@@ -186,7 +186,7 @@ def test_a_program_that_goes_leaves_memory():
 
 
 def test_fewer_programs_stay_beside_a_store(tmp_path):
-    for store, kept in ((None, 20), (tmp_path, 16)):
+    for store, kept in ((None, 20), (tmp_path, 10)):
         programs, multiply = Programs(store=store), counting(traced := [])
         for power in (*range(20), *range(19, -1, -1)):  # back from the last one: those that are there are not compiled
             programs(Clock(), multiply, (power,), TWO)
