@@ -253,7 +253,7 @@ class Run:
                 yield from self._report(state, rows, rounds_per_chunk is not None)
 
     def _prepare_rounds(self, state: DecodeState) -> None:
-        """Their program is made ready while prompts are read."""
+        """Their program is loaded, where it is stored, while prompts are read."""
         if self.pair.mesh is None:
             limits = put(None, max_rounds=np.int32(1), min_active=np.int32(1))
             self.pair.programs.prepare(run_rounds, (self.decoder,), self.pair.params, state, *limits, donate=1)

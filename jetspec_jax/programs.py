@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from jetspec_jax.store import place_of
+from jetspec_jax.store import Place, place_of
 
 # The whole loop of rounds becomes one CUDA graph: the GPU itself decides whether to go on, and the host neither
 # launches nor waits within it. Without the second option XLA makes no graph of a loop at all. Products that share an
@@ -99,8 +99,8 @@ class Programs:
         store: a folder that keeps them for later processes too (`jetspec_jax.store`).
 
     Attributes:
-        compile_seconds: wall-clock seconds spent so far on compiling, or on loading what was stored, those of all
-            threads added up.
+        compile_seconds: seconds that callers waited so far for programs to be compiled, or loaded where they were
+            stored; those of all threads added up.
     """
 
     def __init__(self, options: dict[str, Any] | None = None, most: int | None = None,
@@ -128,19 +128,23 @@ class Programs:
         program = self._find(function, static, args, donate)
         if program.run is None:
             start = time.perf_counter()
-            self._fill(program, function, static, args, donate)
-            clock.waited += time.perf_counter() - start
-        assert program.run is not None
+            with program.compiling:
+                program.run = program.run or self._compile(function, static, args, donate)
+            waited = time.perf_counter() - start
+            clock.waited += waited
+            with self._lock:
+                self.compile_seconds += waited
         return program.run(*args)
 
     def prepare(self, function: Callable[..., Any], static: tuple, *args: Any, donate: int | None = None) -> None:
-        """Begins to compile what will be called soon, beside what the caller does until then.
+        """Begins to load what will be called soon and is stored, beside what the caller does until then."""
+        program, place = self._find(function, static, args, donate), self._place(function, static, args, donate)
+        if program.run is None and place is not None and place.file.exists():
+            Thread(target=self._load, args=(program, place)).start()
 
-        On a CPU alone: the compiler for a GPU tries products on it, which would disturb what runs there.
-        """
-        program = self._find(function, static, args, donate)
-        if program.run is None and jax.default_backend() == "cpu":
-            Thread(target=self._try_to_fill, args=(program, function, static, args, donate)).start()
+    def _load(self, program: _Program, place: Place) -> None:
+        with program.compiling:
+            program.run = program.run or place.load()
 
     def _find(self, function: Callable[..., Any], static: tuple, args: tuple, donate: int | None) -> _Program:
         leaves, structure = jax.tree.flatten(args)
@@ -152,27 +156,22 @@ class Programs:
                 self._programs.popitem(last=False)
         return program
 
-    def _fill(self, program: _Program, *what: Any) -> None:
-        with program.compiling:
-            if program.run is None:
-                program.run = self._compile(*what)
+    @property
+    def _told(self) -> dict[str, Any]:
+        return compiler_options() if self._options is None else self._options
 
-    def _try_to_fill(self, program: _Program, *what: Any) -> None:
-        with suppress(Exception):  # whoever calls the program tries again, and hears of it
-            self._fill(program, *what)
+    def _place(self, function: Callable[..., Any], static: tuple, args: tuple, donate: int | None) -> Place | None:
+        return None if self._store is None else place_of(self._store, function, static, args, donate, self._told)
 
     def _compile(self, function: Callable[..., Any], static: tuple, args: tuple, donate: int | None) -> Any:
-        start = time.perf_counter()
-        options = compiler_options() if self._options is None else self._options
-        place = None if self._store is None else place_of(self._store, function, static, args, donate, options)
-        program = None if place is None else place.load()
+        """The program, from the store if it is there."""
+        place = self._place(function, static, args, donate)
+        program = place and place.load()
         if program is None:
             # Of a function that lives on, JAX would keep what it traced and compiled, whoever lets go of it.
             jitted = jax.jit(partial(function, *static), donate_argnums=() if donate is None else donate)
-            program = jitted.lower(*args).compile(options)
+            program = jitted.lower(*args).compile(self._told)
             if place is not None:
                 place.save(program)
         give_back_memory()
-        with self._lock:
-            self.compile_seconds += time.perf_counter() - start
         return program

@@ -13,7 +13,7 @@ import pytest
 
 import jetspec_jax.generate
 from jetspec_jax import programs
-from jetspec_jax.decode import prefill, run_rounds
+from jetspec_jax.decode import run_rounds
 from jetspec_jax.generate import Run, generate, stream
 from jetspec_jax.programs import Clock, Pace, Programs
 from tests.models import random_pair
@@ -60,7 +60,7 @@ def test_a_program_is_compiled_once_however_many_threads_want_it(watch):
     traced, kept = [], Programs()
 
     def compile_slowly():
-        await_looks(watch, 9)  # at the start of eight waits and of the compilation
+        await_looks(watch, 8)  # at the start of eight waits
         watch.seconds += 3
 
     multiply = counting(traced, compile_slowly)
@@ -72,7 +72,7 @@ def test_a_program_is_compiled_once_however_many_threads_want_it(watch):
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(call, range(8))) == [(6, 3.0)] * 8
     assert traced == [3]
-    assert kept.compile_seconds == 3
+    assert kept.compile_seconds == 8 * 3  # all threads waited
     clock = Clock()
     kept(clock, multiply, (3,), TWO)
     assert clock.waited == 0
@@ -112,7 +112,7 @@ def test_who_waits_for_a_compilation_that_fails_tries_itself(watch):
     def fail_once():
         if len(traced) == 1:
             entered.set()
-            await_looks(watch, 3)  # at the start of both waits and of the compilation
+            await_looks(watch, 2)  # at the start of both waits
             raise KeyboardInterrupt
 
     multiply = counting(traced, fail_once)
@@ -123,43 +123,6 @@ def test_who_waits_for_a_compilation_that_fails_tries_itself(watch):
         assert int(second.result(TIMEOUT)) == 6
         assert isinstance(first.exception(TIMEOUT), KeyboardInterrupt)
     assert len(traced) == 2
-
-
-def test_what_is_prepared_is_compiled_once_and_beside_the_caller():
-    traced, kept, go_on = [], Programs(), threading.Event()
-    multiply = counting(traced, lambda: go_on.wait(TIMEOUT))
-    kept.prepare(multiply, (3,), TWO)
-    assert int(kept(Clock(), counting([]), (5,), TWO)) == 10  # meanwhile
-    go_on.set()
-    assert int(kept(Clock(), multiply, (3,), TWO)) == 6
-    kept.prepare(multiply, (3,), TWO)
-    assert traced == [3]
-
-
-def test_who_calls_what_could_not_be_prepared_hears_of_it():
-    traced, kept = [], Programs()
-
-    def fail():
-        raise ValueError("not today")
-
-    multiply = counting(traced, fail)
-    kept.prepare(multiply, (3,), TWO)
-    with pytest.raises(ValueError, match="not today"):
-        kept(Clock(), multiply, (3,), TWO)
-    assert traced == [3, 3]
-
-
-def test_the_rounds_are_prepared_while_prompts_are_read(pair, monkeypatch):
-    """Neither waits for the other to be compiled."""
-    both, compile_one = threading.Barrier(2), Programs._compile
-
-    def compile_together(self, function, static, args, donate):
-        if function in (prefill, run_rounds):
-            both.wait(TIMEOUT)
-        return compile_one(self, function, static, args, donate)
-
-    monkeypatch.setattr(Programs, "_compile", compile_together)
-    generate(replace(pair, programs=Programs()), [1, 2], max_new_tokens=3, tree=None, eos_token_ids=())
 
 
 def test_the_program_that_was_not_used_for_longest_goes_first():
@@ -255,7 +218,6 @@ def test_the_pace_is_that_of_whole_dispatches_without_compilation(pair, watch, m
         took(self, rounds, seconds)
 
     monkeypatch.setattr(Programs, "_compile", compile_timed)
-    monkeypatch.setattr(Programs, "prepare", lambda *_, **__: None)  # the watch is one for all threads
     monkeypatch.setattr(Pace, "took", spy)
     generate(replace(pair, programs=Programs()), [1, 2], max_new_tokens=30, tree=None, eos_token_ids=())
     assert told == [(1, 1 / 16)] + [(8, 0.5)] * 3

@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import zlib
 
 import jax
@@ -17,10 +18,11 @@ from jetspec_jax.decode import ends
 from jetspec_jax.pretrained import load_pretrained
 from jetspec_jax.programs import Clock, Programs
 from jetspec_jax.sampling import sequence_keys
-from jetspec_jax.store import place_of
+from jetspec_jax.store import Place, place_of
 from jetspec_jax.tiles import columns, tiled_product
 from tests.test_scripts import PAIR, ROOT
 
+TIMEOUT = 60
 TOKENS, EOS = jnp.arange(6, dtype=jnp.int32).reshape(2, 3), jnp.asarray([2, -1], jnp.int32)
 FOUND = [[False, False, True], [False, False, False]]
 
@@ -63,6 +65,29 @@ def test_a_stored_program_takes_and_returns_trees_and_takes_buffers_over(tmp_pat
     assert isinstance(found, KVCache)
     assert found.k[0, 0].tolist() == [[[0, 1], [4, 5], [0, 0]], [[2, 3], [6, 7], [0, 0]]]
     assert found.v[0, 0, 1].tolist() == [[10, 11], [14, 15], [0, 0]]
+
+
+def test_what_is_prepared_is_loaded_beside_the_caller(tmp_path, monkeypatch, nothing_compiles):
+    """And only if it is stored: two compilations at once would take twice the memory."""
+    find_ends(tmp_path)
+    entered, go_on, load = threading.Event(), threading.Event(), Place.load
+
+    def load_slowly(self):
+        entered.set()
+        assert go_on.wait(TIMEOUT)
+        return load(self)
+
+    monkeypatch.setattr(Place, "load", load_slowly)
+    nothing_compiles()
+    programs = Programs(store=tmp_path)
+    programs.prepare(ends, (), TOKENS[:1], EOS)  # was never compiled
+    assert not entered.is_set()
+    programs.prepare(ends, (), TOKENS, EOS)
+    assert entered.wait(TIMEOUT)
+    clock = Clock()
+    threading.Timer(0.1, go_on.set).start()
+    assert programs(clock, ends, (), TOKENS, EOS).tolist() == FOUND
+    assert clock.waited > 0  # for the other thread
 
 
 def test_another_process_says_the_same_with_the_programs_of_the_first(tmp_path):
