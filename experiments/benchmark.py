@@ -31,7 +31,7 @@ from experiments.common import (
     write_text,
 )
 from experiments.decode import summarize
-from experiments.peers import PEERS, Peer, PeerAnswer
+from experiments.peers import PEERS, Peer, PeerAnswer, peer_speed, ready
 from experiments.phases import ready_state, shares
 from experiments.plots import Line, Panel, save_plot
 from jetspec_jax import JetSpecError, Pair, PromptLookup, SamplingParams, TreeConfig, with_head
@@ -75,13 +75,13 @@ def main() -> None:
     require_present(args.model, args.head, args.bidirectional_head, args.autoregressive_head)
     claim_output(args.out)
     sampling = SamplingParams(args.temperature)
+    if args.temperature and (foreign := [name for name in names if name in PEERS]):
+        raise JetSpecError(f"{foreign[0]} draws other random numbers: compare with it at temperature 0")
     suites = {name: pick(suite_messages(name, cache_folder() / "sources"), args.limit) for name in args.suite}
     pair = load(args)
     methods = [Method("plain", 1, None, pair)]
     methods += [method for name in names if name not in PEERS for method in methods_of(name, budgets, pair, args)]
-    peers = [PEERS[name](pair) for name in names if name in PEERS]
-    if peers and args.temperature:
-        raise JetSpecError("transformers draws other random numbers: compare with it at temperature 0")
+    peers = [ready(name, pair) for name in names if name in PEERS]
     rows: list[dict[str, Any]] = []
     peer_rows: list[dict[str, Any]] = []
     for suite, messages in suites.items():
@@ -127,12 +127,6 @@ def measure_suite(suite: str, prompts: list[str], methods: list[Method], peers: 
                         rounds=figures["rounds"], accepted_length=figures["mean_accept_length"],
                         share=share_of(method, sampling, args.repeats)))
     return rows, [row(peer.name, peer_speed(theirs), theirs) for peer, theirs in zip(peers, others, strict=True)]
-
-
-def peer_speed(answers: list[PeerAnswer]) -> float:
-    """Tokens per second after the first, as for our own: the prompt and the first token are taken out."""
-    seconds = sum(a.seconds - a.first_seconds for a in answers)
-    return sum(len(a.token_ids) - 1 for a in answers) / seconds if seconds > 0 else 0.0
 
 
 _SHARES: dict[tuple[str, int, float], dict[str, float]] = {}
@@ -238,7 +232,7 @@ def build_parser() -> argparse.ArgumentParser:
                         help=f'{", ".join(SUITES)}, or a file of lines {{"prompt": ...}}; repeatable')
     parser.add_argument("--methods", default="jetspec,lookup", metavar="A,B,...",
                         help="; ".join(f"{name}: {what}" for name, what in METHODS.items())
-                             + f"; peers (extra `parity`): {', '.join(PEERS)} (default %(default)s)")
+                             + f"; peers (extras `parity` and `peers`): {', '.join(PEERS)} (default %(default)s)")
     add_sample_arguments(parser, limit=16, plot="scaling.png")
     add_tree_width(parser)
     parser.add_argument("--bidirectional-head", metavar="PATH", help="for dflash and ddtree")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from converters.rope import rope_scaling_fields
 from jetspec_jax.config import TargetConfig
 from jetspec_jax.errors import JetSpecError
 from jetspec_jax.pair import Pair
-from jetspec_jax.tiles import from_tiles
+from jetspec_jax.tiles import cores, from_tiles
 
 
 def torch_model(pair: Pair) -> tuple[Any, Callable[..., list[int]]]:
@@ -30,6 +31,7 @@ def torch_model(pair: Pair) -> tuple[Any, Callable[..., list[int]]]:
         import transformers
     except ImportError as error:
         raise JetSpecError("this comparison needs torch: pip install -e '.[parity]'") from error
+    torch.set_num_threads(cores())
     config, params = from_tiles(pair.target_config, pair.params.target)
     on_gpu = jax.default_backend() == "gpu"
     if on_gpu and not torch.cuda.is_available():
@@ -54,6 +56,18 @@ def torch_model(pair: Pair) -> tuple[Any, Callable[..., list[int]]]:
         return answer[0, len(ids):].tolist()
 
     return model, generate
+
+
+def save_huggingface(pair: Pair, folder: Path) -> None:
+    """Writes the pair's target as transformers loads it, with its tokenizer.
+
+    Raises:
+        JetSpecError: see `torch_model`; or the target has no tokenizer.
+    """
+    if pair.tokenizer is None:
+        raise JetSpecError("this target has no tokenizer, and programs that start from its files need one")
+    torch_model(pair)[0].save_pretrained(folder)
+    pair.tokenizer.save_pretrained(folder)
 
 
 def huggingface_fields(config: TargetConfig) -> dict[str, Any]:

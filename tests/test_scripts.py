@@ -293,10 +293,30 @@ def test_benchmark_beside_transformers(small):
         assert "rounds" not in row
     done = benchmark(small, *common, "--methods", "jetspec,transformers", "--temperature", 1)
     assert done.returncode == 2
-    assert "compare with it at temperature 0" in done.stderr
+    assert "transformers draws other random numbers: compare with it at temperature 0" in done.stderr
     done = benchmark(small, *common, "--methods", "jetspec", "--temperature", 1)
     assert done.returncode == 0, done.stderr
     assert [row["identical"] for row in json.loads(done.stdout.splitlines()[-1])["rows"]] == [1, 1]
+
+
+def test_peers_of_our_own(small, tmp_path):
+    """The target's context is too short for the long prompt: no column says anything of it."""
+    done = run("experiments/peers.py", "--model", small / "target", "--head", small / "head", "--prompt-file",
+               small / "mine.jsonl", "--methods", "default,lookup", "--rounds", 1, "--max-new-tokens", 6, "--json",
+               "--out", tmp_path / "o", flags="--xla_backend_optimization_level=0")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert [row["method"] for row in report["rows"]] == ["plain", "default", "lookup"]
+    assert (report["rows"][0]["of_plain"], report["left_out"]) == (1, {})
+    for row in report["rows"]:
+        assert (row["identical"], row["prompts"], row["prompt_tokens_per_second"]) == (1, 1, {})
+        assert row["tokens_per_second"] > 0
+        assert row["first_token_seconds"] > 0
+    assert report["cores"] >= 1
+    assert json.loads((tmp_path / "o" / "results.json").read_text()) == report
+    assert done.stdout.startswith((tmp_path / "o" / "results.md").read_text())
+    done = run("experiments/peers.py", "--methods", "vllm")
+    assert (done.returncode, done.stderr.strip().splitlines()[-1][:23]) == (2, "error: --methods 'vllm'")
 
 
 def test_benchmark_with_heads_of_other_kinds(small):
