@@ -39,7 +39,7 @@ def start_seconds(args: argparse.Namespace, pair: Pair, message: str, names: lis
     from experiments.llama_peer import packed_default, write_gguf
     from experiments.torch_peer import save_huggingface
 
-    ours = [str(Path(__file__).with_name("decode.py")), "--model", args.model, "--prompt", message,
+    ours = [str(Path(__file__).with_name("decode.py")), "--model", args.model, f"--prompt={message}",
             "--max-new-tokens", "32"]
     for option in ("head", "dtype"):
         if (value := getattr(args, option)) is not None:

@@ -196,6 +196,26 @@ def test_the_first_output_after_a_heading_counts():
         first_token._first_output(["-c", f"print({heading!r}, end='')"], heading)
 
 
+def test_starts_are_timed_in_turn_and_the_first_ones_warm_up(monkeypatch):
+    pair, asked = float32_pair(), []
+    monkeypatch.setattr(type(pair), "chat", lambda _, message: message)
+    monkeypatch.setattr(type(pair), "encode", lambda *_: PROMPT)
+    seconds = iter([9, 90, 1, 10, 2, 20, 3, 30])
+
+    def fake(arguments, before):
+        asked.append((arguments[1:], before))
+        if "llama.cpp" in arguments:
+            assert GGUFFile(Path(arguments[2])).config.num_layers == 2
+        return next(seconds)
+
+    monkeypatch.setattr(first_token, "_first_output", fake)
+    args = SimpleNamespace(model="m", head=None, dtype="float32", no_verify=True)
+    assert first_token.start_seconds(args, pair, "Hi", ["plain", "llama.cpp"]) == {"default": 2, "llama.cpp": 20}
+    assert asked[0] == (["--model", "m", "--prompt=Hi", "--max-new-tokens", "32", "--dtype", "float32", "--no-verify"],
+                        "> Hi\n\n")
+    assert (asked[1][0][0], asked[1][0][2], asked[1][1]) == ("llama.cpp", "3 1 4 1 5", "")
+
+
 @pytest.mark.parity
 def test_the_published_implementation_gets_the_pair(monkeypatch):
     """A module of its names and signatures; what it loads from the folders is the pair."""
