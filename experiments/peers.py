@@ -146,11 +146,10 @@ def main() -> None:
     reading = read_speeds(peers, pair.encode(prompts[0]), lengths)
     rows = [summary(peer.name, rounds, reading.get(peer.name, {})) for peer in peers]
     report = {**machine(), "rows": rows, "left_out": left_out}
+    save(args.out, report)  # what is there outlives a start that fails
     if args.start:
         report["start_seconds"] = start_seconds(args, pair, messages[0], [peer.name for peer in peers])
-    if args.out is not None:
-        write_text(args.out / "results.json", json.dumps(report, indent=1) + "\n")
-        write_text(args.out / "results.md", markdown(report) + "\n")
+        save(args.out, report)
     print(markdown(report))
     if args.json:
         print(json.dumps(report))
@@ -258,6 +257,12 @@ def markdown(report: dict[str, Any]) -> str:
         lines += ["", "| who | from the start of the process to its first token |", "|---|---|"]
         lines += [f"| {title(name)} | {seconds:.1f} s |" for name, seconds in report["start_seconds"].items()]
     return "\n".join(lines)
+
+
+def save(folder: Path | None, report: dict[str, Any]) -> None:
+    if folder is not None:
+        write_text(folder / "results.json", json.dumps(report, indent=1) + "\n")
+        write_text(folder / "results.md", markdown(report) + "\n")
 
 
 def title(name: str) -> str:
