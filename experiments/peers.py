@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import itertools
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -46,7 +45,7 @@ from experiments.torch_peer import torch_model
 from jetspec_jax import JetSpecError, Pair
 from jetspec_jax.arguments import Parser, integer, user_path
 from jetspec_jax.generate import Draft, generate
-from jetspec_jax.tiles import cores
+from jetspec_jax.machine import cores, processor
 
 Run = Callable[[list[int], int], list[int]]  # (token ids, new tokens) -> new token ids
 PROMPT_ROUNDS = 3
@@ -225,16 +224,6 @@ def machine() -> dict[str, Any]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return {"processor": processor(), "cores": cores(), "versions": versions}
-
-
-def processor() -> str:
-    """The processor as its maker calls it, where the system tells."""
-    try:
-        told = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        told = ""
-    names = [line.partition(":")[2].strip() for line in told.splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def markdown(report: dict[str, Any]) -> str:

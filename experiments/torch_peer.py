@@ -14,8 +14,9 @@ from converters.names import target_slots
 from converters.rope import rope_scaling_fields
 from jetspec_jax.config import TargetConfig
 from jetspec_jax.errors import JetSpecError
+from jetspec_jax.machine import cores
 from jetspec_jax.pair import Pair
-from jetspec_jax.tiles import cores, from_tiles
+from jetspec_jax.tiles import from_tiles
 
 
 def torch_model(pair: Pair) -> tuple[Any, Callable[..., list[int]]]:

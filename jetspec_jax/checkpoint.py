@@ -44,9 +44,10 @@ from jetspec_jax.files import MAX_JSON, check_ordinary, local_path, locked, read
 from jetspec_jax.head import head_shapes
 from jetspec_jax.host import map_file
 from jetspec_jax.layout import check_layout, read_array
+from jetspec_jax.machine import cores
 from jetspec_jax.sharding import arrange, named_map, place, shards_of, stored_spec
 from jetspec_jax.target import target_shapes
-from jetspec_jax.tiles import cores, from_tiles
+from jetspec_jax.tiles import from_tiles
 
 FORMAT, VERSION = "jetspec-jax", 3
 PLAIN_VERSION = 2  # of plain matrices: earlier releases read them too

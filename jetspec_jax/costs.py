@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,10 +31,12 @@ from jetspec_jax.draft import Params
 from jetspec_jax.errors import JetSpecError
 from jetspec_jax.files import read_json
 from jetspec_jax.layers import PRECISION
+from jetspec_jax.machine import cores, processor, processor_details
 from jetspec_jax.target import target_logits
-from jetspec_jax.tiles import TILE, can_lie_in_tiles, cores, in_layout, tiled_product
+from jetspec_jax.tiles import TILE, can_lie_in_tiles, in_layout, tiled_product
 from pallas_kernels.gated_product.reference import gate
 
+VERSION = 1  # of what is timed, and how
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 MARGIN = 1.05  # by which a tree must win: what is not timed (attention, the tree itself) costs it more than one row
 # Sweeps over the sample, in each of which every step may be disturbed: its fastest one counts. As many as fit into the
@@ -113,19 +113,11 @@ def costs_of(target: TargetConfig, head: DrafterConfig | None, params: Params, f
         return _time(target, head, params, layouts)
 
 
-def processor() -> str:
-    """Its name."""
-    try:
-        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
-
-
 def _description(target: TargetConfig, head: DrafterConfig | None) -> dict[str, Any]:
     """All that the costs depend on, for people too."""
     shapes = [repr(replace(config, weight_tile=None)) for config in (target, head) if config is not None]
-    return {"processor": processor(), "cores": cores(), "jax": jax.__version__, "shapes": shapes}
+    return {"processor": processor(), "details": sha256(processor_details().encode()).hexdigest(), "cores": cores(),
+            "jax": jax.__version__, "version": VERSION, "shapes": shapes}
 
 
 def _read(file: Path, layouts: list[int | None]) -> tuple[Costs, ...] | None:

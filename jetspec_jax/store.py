@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
-import platform
 import tempfile
 import zlib
 from collections.abc import Callable
@@ -25,7 +24,7 @@ import jaxlib
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
 import pallas_kernels
-from jetspec_jax.tiles import cores
+from jetspec_jax.machine import cores, processor_details
 
 MOST_BYTES = 2**27  # of a folder; the programs of one shape of prompts and answers take 1.5 MB for the default pair
 CHECKSUM = 32  # bytes in front of each program
@@ -129,14 +128,4 @@ def _surroundings() -> tuple[Any, ...]:
         for file in sorted(folder.rglob("*.py")):
             sources.update(f"{file.relative_to(folder.parent)}\0".encode() + file.read_bytes() + b"\0")
     return (sources.hexdigest(), jax.__version__, jaxlib.__version__, flax.__version__, os.environ.get("XLA_FLAGS"),
-            jax.device_count(), cores(), _processor())
-
-
-def _processor() -> str:
-    """Its model and what it can do, where the system tells it."""
-    try:
-        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
-    except OSError:
-        return repr(platform.uname())
-    wanted = ("vendor_id", "model", "flags", "Features", "CPU ")
-    return "\n".join(line for line in first.splitlines() if line.startswith(wanted))
+            jax.device_count(), cores(), processor_details())

@@ -7,7 +7,6 @@ the number of rows, which for the few rows of a draft tree costs more than the a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -38,11 +37,6 @@ def can_lie_in_tiles(config: TransformerConfig, params: dict) -> bool:
 def is_large(params: dict) -> bool:
     """Whether a CPU reads these weights from memory again for every token."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(params)) >= LEAST_BYTES
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def to_tiles(config: Config, params: Any, tile: int = TILE, consume: bool = False) -> tuple[Config, Any]:

@@ -97,7 +97,7 @@ def test_timed_once(pair, tmp_path, monkeypatch):
     assert [entry.tile for entry in first] == [None, 64]
     assert all(len(part) == 3 and min(part) > 0 for entry in first for part in (entry.target, entry.head))
     (file,) = folder.glob("*.json")
-    assert json.loads(file.read_text())["cores"] == tiles.cores()
+    assert json.loads(file.read_text())["cores"] == costs.cores()
     timed = costs._time
     monkeypatch.setattr(costs, "_time", lambda *_: pytest.fail("timed again"))
     assert found() == first

@@ -215,7 +215,7 @@ def test_whatever_a_program_depends_on_names_it(tmp_path, monkeypatch):
     elsewhere(store, "PACKAGES", (tmp_path / "jetspec_jax",))
     elsewhere(store.jaxlib, "__version__", "0.0.0")
     elsewhere(store, "cores", lambda: 77)
-    elsewhere(store, "_processor", lambda: "another")
+    elsewhere(store, "processor_details", lambda: "another")
     elsewhere(os, "environ", {**os.environ, "XLA_FLAGS": "--xla_cpu_enable_fast_math=true"})
     assert len(set(names)) == len(names)
     assert name() == names[0]
