@@ -40,6 +40,7 @@ from jetspec_jax.config import MAX_TREE_BUDGET, Builder, HeadConfig
 from jetspec_jax.decode import Decoder
 from jetspec_jax.generate import Draft, Generation, drafter_of, generate
 from jetspec_jax.pretrained import cache_folder
+from jetspec_jax.programs import MOST_PROGRAMS
 from jetspec_jax.suites import SUITES, suite_messages
 
 METHODS = {
@@ -79,6 +80,7 @@ def main() -> None:
         raise JetSpecError(f"{foreign[0]} draws other random numbers: compare with it at temperature 0")
     suites = {name: pick(suite_messages(name, cache_folder() / "sources"), args.limit) for name in args.suite}
     pair = load(args)
+    pair.programs.most = MOST_PROGRAMS  # of all methods, in turns
     methods = [Method("plain", 1, None, pair)]
     methods += [method for name in names if name not in PEERS for method in methods_of(name, budgets, pair, args)]
     peers = [ready(name, pair) for name in names if name in PEERS]

@@ -46,6 +46,7 @@ from jetspec_jax import JetSpecError, Pair
 from jetspec_jax.arguments import Parser, integer, user_path
 from jetspec_jax.generate import Draft, generate
 from jetspec_jax.machine import cores, processor
+from jetspec_jax.programs import MOST_PROGRAMS
 
 Run = Callable[[list[int], int], list[int]]  # (token ids, new tokens) -> new token ids
 PROMPT_ROUNDS = 3
@@ -137,6 +138,7 @@ def main() -> None:
     require_present(args.model, args.head)
     claim_output(args.out)
     pair = load(args)
+    pair.programs.most = MOST_PROGRAMS  # of all ways, in turns
     prompts = [pair.chat(message) for message in messages]
     peers, left_out = ready_or_told(names, pair)
     rounds = compare(peers, prompts, args.max_new_tokens, args.rounds)

@@ -99,6 +99,7 @@ class Programs:
         store: a folder that keeps them for later processes too (`jetspec_jax.store`).
 
     Attributes:
+        most: as above; who goes through many shapes in turn may raise it.
         compile_seconds: seconds that callers waited so far for programs to be compiled, or loaded where they were
             stored; those of all threads added up.
     """
@@ -106,7 +107,7 @@ class Programs:
     def __init__(self, options: dict[str, Any] | None = None, most: int | None = None,
                  store: Path | None = None) -> None:
         self._options, self._store = options, store
-        self._most = most or (MOST_PROGRAMS if store is None else MOST_BESIDE_STORE)
+        self.most = most or (MOST_PROGRAMS if store is None else MOST_BESIDE_STORE)
         self._lock = Lock()  # of what follows; never held for long
         self._programs: OrderedDict[Any, _Program] = OrderedDict()
         self.compile_seconds = 0.0
@@ -152,7 +153,7 @@ class Programs:
         with self._lock:
             program = self._programs.setdefault(key, _Program())
             self._programs.move_to_end(key)
-            if len(self._programs) > self._most:
+            if len(self._programs) > self.most:
                 self._programs.popitem(last=False)
         return program
 
