@@ -25,10 +25,10 @@ from jetspec_jax.store import Place, place_of
 GPU_OPTIONS = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,WHILE,CONDITIONAL",
                "xla_gpu_graph_min_graph_size": 1, "xla_gpu_dot_merger_threshold_mb": 0}
 
-# A call of `generate` needs five, nine where two ways of decoding take turns, and two to four more for other lengths of
-# prompts and answers. On a CPU the large ones of the default pair take 40 MB each: what is stored may go, for it comes
-# back in a second.
-MOST_PROGRAMS, MOST_BESIDE_STORE = 64, 10
+# A call of `generate` needs five, and two to four more for other lengths of prompts and answers; two of them are large
+# (of the default pair 50 to 90 MB each on a CPU). What is stored comes back within a second, what is not is compiled
+# again. Nine are one shape of prompts and answers decoded in two ways.
+MOST_PROGRAMS, MOST_BESIDE_STORE = 64, 9
 
 DISPATCH_SECONDS = 0.5
 MOST_ROUNDS = 1024  # of a dispatch
@@ -95,7 +95,7 @@ class Programs:
 
     Args:
         options: what XLA must be told; None takes `compiler_options()`.
-        most: how many programs are kept in memory; None takes 64, and 10 beside a store.
+        most: how many programs are kept in memory; None takes 64, and 9 beside a store.
         store: a folder that keeps them for later processes too (`jetspec_jax.store`).
 
     Attributes:
