@@ -28,7 +28,6 @@ from experiments.common import (
     require_present,
     run_main,
     tree_of,
-    write_text,
 )
 from experiments.decode import summarize
 from experiments.peers import PEERS, Peer, PeerAnswer, peer_speed, ready
@@ -38,6 +37,7 @@ from jetspec_jax import JetSpecError, Pair, PromptLookup, SamplingParams, TreeCo
 from jetspec_jax.arguments import Parser, integer, number, seed, user_path, within
 from jetspec_jax.config import MAX_TREE_BUDGET, Builder, HeadConfig
 from jetspec_jax.decode import Decoder
+from jetspec_jax.files import write_text
 from jetspec_jax.generate import Draft, Generation, drafter_of, generate
 from jetspec_jax.pretrained import cache_folder
 from jetspec_jax.programs import MOST_PROGRAMS
@@ -80,7 +80,7 @@ def main() -> None:
         raise JetSpecError(f"{foreign[0]} draws other random numbers: compare with it at temperature 0")
     suites = {name: pick(suite_messages(name, cache_folder() / "sources"), args.limit) for name in args.suite}
     pair = load(args)
-    pair.programs.most = MOST_PROGRAMS  # of all methods, in turns
+    pair.programs.most_stored = MOST_PROGRAMS  # of all methods, in turns
     methods = [Method("plain", 1, None, pair)]
     methods += [method for name in names if name not in PEERS for method in methods_of(name, budgets, pair, args)]
     peers = [ready(name, pair) for name in names if name in PEERS]

@@ -196,18 +196,6 @@ def _claim(folder: Path) -> None:
     atexit.register(claim.close)
 
 
-def write_text(file: Path, text: str) -> None:
-    """Writes beside and renames, so that no half of a file is ever there."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name[:200]}.partial")  # the name may be as long as names can be
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.rename(file)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-
-
 def run_main(main: Callable[[], None]) -> None:
     """Runs a script: a user's mistake is one line and status 2; what the library notes is one line too."""
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)

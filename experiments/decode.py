@@ -38,6 +38,7 @@ from experiments.common import (
 )
 from jetspec_jax import JetSpecError, Pair, PromptLookup, SamplingParams
 from jetspec_jax.arguments import Parser, integer, seed, user_path, utf8
+from jetspec_jax.costs import MARGIN
 from jetspec_jax.generate import Draft, Generation, StreamChunk, best_tree, default_tree, expected_speeds, stream
 from jetspec_jax.pair import check_switches
 from jetspec_jax.suites import read_prompt_text, read_prompts_jsonl
@@ -108,13 +109,14 @@ def draft_from(args: argparse.Namespace, pair: Pair) -> tuple[str, Draft | None]
 
 
 def by_timing(pair: Pair) -> str:
-    """What a default is where it follows from what forwards cost this processor; else nothing."""
+    """What the default follows from, where it follows from what forwards cost this processor; else nothing."""
     speeds = expected_speeds(pair)
     if len(speeds) < 2:
         return ""
     nodes, plain = best_tree(pair).budget, max(costs.speeds(None)[1] for costs in pair.costs)
-    verdict = "the default" if default_tree(pair) else "plain decoding is the default"
-    return f"\n  by timing      {nodes} nodes, {speeds[nodes] / plain:.2f} times plain decoding to expect: {verdict}"
+    gain = f"a tree of {nodes} nodes should decode {speeds[nodes] / plain:.2f} times as fast as one of 1"
+    verdict = "" if default_tree(pair) else f", less than {MARGIN}: plain decoding is the default"
+    return f"\n  by timing      {gain}{verdict}"
 
 
 def as_prompt(pair: Pair, message: str, args: argparse.Namespace) -> str | list[int]:
@@ -268,7 +270,7 @@ def show_beside(report: dict[str, Any], name: str) -> None:
 
 def show_speed(name: str, summary: dict[str, Any]) -> None:
     print(f"  {name:14s} {summary['tokens_per_second']:.1f} tokens/s (apart from it: prompt "
-          f"{summary['prompt_seconds']:.2f} s, compilation {summary['compile_seconds']:.1f} s)")
+          f"{summary['prompt_seconds']:.2f} s, programs {summary['compile_seconds']:.1f} s)")
 
 
 def show(summary: dict[str, Any], answers: list[Generation]) -> None:

@@ -23,11 +23,12 @@ from typing import IO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs without being installed
 
-from experiments.common import claim_output, run_main, write_text
+from experiments.common import claim_output, run_main
 from experiments.h100_steps.ledger import ALONE, LIMITS, LOOPS, Ledger
 from experiments.h100_steps.report import as_markdown
 from jetspec_jax import JetSpecError
 from jetspec_jax.arguments import Parser, number, user_path
+from jetspec_jax.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 DAY = 1440

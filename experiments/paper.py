@@ -36,13 +36,14 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from experiments.common import add_compile_cache, claim_output, run_main, write_text
+from experiments.common import add_compile_cache, claim_output, run_main
 from experiments.plots import Line, Panel, save_plot
 from jetspec_jax import HeadConfig, JetSpecError, Pair, TreeConfig, load_pretrained, with_head
 from jetspec_jax.arguments import Parser, integer, number, seed, user_path
 from jetspec_jax.attention import causal_bits, pack_bits
 from jetspec_jax.cache import KVCache
 from jetspec_jax.config import TargetConfig
+from jetspec_jax.files import write_text
 from jetspec_jax.presets import PRESETS
 from jetspec_jax.target import target_forward, target_logits
 from jetspec_jax.training.batches import Batch, Batches

@@ -35,7 +35,6 @@ from experiments.common import (
     require_at_least,
     require_present,
     run_main,
-    write_text,
 )
 from experiments.decode import draft_from, read_prompts
 from experiments.first_token import start_seconds
@@ -44,6 +43,7 @@ from experiments.published_peer import published
 from experiments.torch_peer import torch_model
 from jetspec_jax import JetSpecError, Pair
 from jetspec_jax.arguments import Parser, integer, user_path
+from jetspec_jax.files import write_text
 from jetspec_jax.generate import Draft, generate
 from jetspec_jax.machine import cores, processor
 from jetspec_jax.programs import MOST_PROGRAMS
@@ -138,7 +138,7 @@ def main() -> None:
     require_present(args.model, args.head)
     claim_output(args.out)
     pair = load(args)
-    pair.programs.most = MOST_PROGRAMS  # of all ways, in turns
+    pair.programs.most_stored = MOST_PROGRAMS  # of all ways, in turns
     prompts = [pair.chat(message) for message in messages]
     peers, left_out = ready_or_told(names, pair)
     rounds = compare(peers, prompts, args.max_new_tokens, args.rounds)

@@ -32,12 +32,12 @@ from experiments.common import (
     require_at_least,
     require_present,
     run_main,
-    write_text,
 )
 from experiments.plots import Line, Panel, save_plot
 from jetspec_jax import HeadConfig, JetSpecError, Pair, SamplingParams, TreeConfig
 from jetspec_jax.arguments import Parser, integer
 from jetspec_jax.config import ACCEPT_NODES, TREE_WIDTHS, Builder
+from jetspec_jax.files import write_text
 from jetspec_jax.pretrained import cache_folder
 from jetspec_jax.suites import SUITES, suite_messages
 from jetspec_jax.training.batches import Batches

@@ -22,10 +22,10 @@ from experiments.common import (
     load,
     require_at_least,
     run_main,
-    write_text,
 )
 from jetspec_jax import JetSpecError, Pair, SamplingParams
 from jetspec_jax.arguments import Parser, integer, number, user_path, within
+from jetspec_jax.files import write_text
 from jetspec_jax.generate import stream
 from jetspec_jax.pretrained import cache_folder
 from jetspec_jax.text import ChatText

@@ -2,7 +2,7 @@
 
     OUT/jetspec.json    {"format": "jetspec-jax", "version": 2, "kind": "target" or "head", "config": {}, "source": "",
                         "checksums": {"FILE below arrays/": CRC-32 in hexadecimal}}; version 1 has no checksums,
-                        version 3 is written where the matrices lie in tiles
+                        version 3 is written where earlier releases would not understand the config
     OUT/arrays/         the parameters, as Orbax writes them
     OUT/tokenizer/      Hugging Face tokenizer files, where the source had them
 """
@@ -50,11 +50,12 @@ from jetspec_jax.target import target_shapes
 from jetspec_jax.tiles import from_tiles
 
 FORMAT, VERSION = "jetspec-jax", 3
-PLAIN_VERSION = 2  # of plain matrices: earlier releases read them too
+PLAIN_VERSION = 2  # earlier releases read it too
 READABLE = (1, PLAIN_VERSION, VERSION)
 DESCRIPTION, ARRAYS, TOKENIZER = "jetspec.json", "arrays", "tokenizer"
 _NOT_STORED = ("weight_tile", "shards", "kernels")  # of the config: how a model runs, not what it is; but see `save`
-_LATER = ("rope_scaling", "accept_lengths")  # fields that the first files lack
+_NEWER = ("weight_tile", "accept_lengths")  # that version 3 may have
+_LATER = ("rope_scaling", *_NEWER)  # fields that the first files lack
 SMALL_BYTES = 2**16  # of a file that describes others
 PIECE_BYTES = 2**27  # of one file: an array in one piece can be mapped, and who reads a share reads whole pieces
 MOST_MAPPED = 128  # arrays: each keeps a file open, and some systems allow a process 256
@@ -136,9 +137,10 @@ def save(folder: Path, config: TargetConfig | DrafterConfig, params: dict, sourc
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_STORED}
     if config.rope_scaling is not None:
         fields["rope_scaling"] = {name: value for name, value in fields["rope_scaling"].items() if value is not None}
-    if config.weight_tile is not None:
-        fields["weight_tile"] = config.weight_tile
-    version = PLAIN_VERSION if config.weight_tile is None else VERSION
+    newer = {name: getattr(config, name, None) for name in _NEWER}
+    fields = {name: value for name, value in fields.items() if name not in _NEWER}
+    fields |= {name: value for name, value in newer.items() if value}
+    version = VERSION if any(newer.values()) else PLAIN_VERSION
     description = {"format": FORMAT, "version": version, "kind": kind, "config": fields, "source": source,
                    "checksums": checksums(folder)}
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
@@ -187,19 +189,18 @@ def _read_description(folder: Path) -> tuple[TargetConfig | DrafterConfig, dict[
     if not isinstance(kind, str) or kind not in _KINDS:
         raise JetSpecError(f"{folder} holds a checkpoint of unknown kind {shown(kind)}")
     try:
-        return (_read_config(_KINDS[kind][0], config, in_tiles=version == VERSION),
+        return (_read_config(_KINDS[kind][0], config, tiles=version == VERSION),
                 None if version == 1 else _read_checksums(description))
     except (TypeError, JetSpecError) as error:
         raise DamagedError(f"the description of {folder} is damaged: {first_line(error)}") from error
 
 
-def _read_config(config_class: Any, config: Any, in_tiles: bool) -> TargetConfig | DrafterConfig:
-    """A config from what the description says of it."""
+def _read_config(config_class: Any, config: Any, tiles: bool) -> TargetConfig | DrafterConfig:
+    """A config from what the description says of it; earlier versions do not tell of tiles."""
     require(isinstance(config, dict), "it has no config")
     fields = {name: value for name, value in config.items() if name not in _NOT_STORED}
-    if in_tiles:
-        require(config.get("weight_tile") is not None, "its config lacks weight_tile")
-        fields["weight_tile"] = config["weight_tile"]
+    if tiles:
+        fields["weight_tile"] = config.get("weight_tile")
     known = {entry.name for entry in dataclasses.fields(config_class)}
     missing = sorted(known - fields.keys() - {*_NOT_STORED, *_LATER})
     require(not missing, f"its config lacks {', '.join(missing)}")

@@ -383,7 +383,8 @@ class HeadConfig(DrafterConfig):
         super().__post_init__()
         known = self.accept_lengths
         require(isinstance(known, tuple) and len(known) <= len(ACCEPT_NODES)
-                and all(is_within(mean, (1, most)) for mean, most in zip(known, ACCEPT_NODES, strict=False)),
+                and all(is_within(mean, (1, most)) for mean, most in zip(known, ACCEPT_NODES, strict=False))
+                and tuple(sorted(known)) == known,
                 f"accept_lengths must be mean tokens a round by trees of {', '.join(map(str, ACCEPT_NODES))} nodes, "
                 f"not {shown(known)}")
         require(is_integer(self.mask_token_id) and 0 <= self.mask_token_id < self.vocab_size,

@@ -8,11 +8,10 @@ may use. So it is measured, on some of the model's own layers.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -29,7 +28,7 @@ from tqdm import tqdm
 from jetspec_jax.config import ACCEPT_NODES, DrafterConfig, HeadConfig, TargetConfig
 from jetspec_jax.draft import Params
 from jetspec_jax.errors import JetSpecError
-from jetspec_jax.files import read_json
+from jetspec_jax.files import read_json, write_text
 from jetspec_jax.layers import PRECISION
 from jetspec_jax.machine import cores, processor, processor_details
 from jetspec_jax.target import target_logits
@@ -52,24 +51,39 @@ class Costs:
 
     Attributes:
         tile: columns of a tile, or None for plain matrices.
-        target: of the target's products.
-        head: of the draft head's and the LM head's; None without a head.
+        lm_head, layers: of the target's products.
+        head_share: what all products of a draft head take of the target's layers: it is built like them, so bytes tell.
     """
 
     tile: int | None
-    target: tuple[float, ...]
-    head: tuple[float, ...] | None
+    lm_head: tuple[float, ...]
+    layers: tuple[float, ...]
+    head_share: float = 0.0
 
     def speeds(self, head: DrafterConfig | None, batch: int = 1) -> dict[int, float]:
         """Tokens per second to expect of `batch` sequences, by nodes a tree: of plain decoding (1), and of the trees of
         which the head knows how much they accept, as far as so many rows were timed."""
-        found = {1: batch / _at(self.target, batch)}
-        if isinstance(head, HeadConfig) and self.head is not None:
-            for nodes, accepted in zip(ACCEPT_NODES, head.accept_lengths, strict=False):
-                if batch * nodes <= ROWS[-1]:
-                    drafted = _at(self.head, batch * (min(head.block_size, nodes) if head.causal else head.block_size))
-                    found[nodes] = batch * accepted / (drafted + _at(self.target, batch * nodes))
+        found = {1: batch / self._forward(batch, 1.0)}
+        for nodes, accepted in zip(ACCEPT_NODES, known_lengths(head), strict=False):
+            assert isinstance(head, HeadConfig)
+            if batch * nodes <= ROWS[-1]:
+                slots = min(head.block_size, nodes) if head.causal else head.block_size
+                seconds = self._forward(batch * slots, self.head_share) + self._forward(batch * nodes, 1.0)
+                found[nodes] = batch * accepted / seconds
         return found
+
+    def plausible(self) -> bool:
+        """Whether more rows hardly ever cost less; else other work disturbed the timing."""
+        return all(later >= 0.75 * max(part[:i], default=0.0) for part in (self.lm_head, self.layers)
+                   for i, later in enumerate(part))
+
+    def _forward(self, rows: int, share: float) -> float:
+        return _at(self.lm_head, rows) + share * _at(self.layers, rows)
+
+
+def known_lengths(head: DrafterConfig | None) -> tuple[float, ...]:
+    """What a head says that it accepts."""
+    return head.accept_lengths if isinstance(head, HeadConfig) else ()
 
 
 def fastest_nodes(speeds: dict[int, float]) -> int:
@@ -79,7 +93,10 @@ def fastest_nodes(speeds: dict[int, float]) -> int:
 
 def fastest_layout(layouts: tuple[Costs, ...], head: DrafterConfig | None) -> int | None:
     """The tile of the layout in which one sequence decodes fastest, or None for plain matrices."""
-    return max(layouts, key=lambda costs: max(map(_merit, *zip(*costs.speeds(head).items(), strict=True)))).tile
+    def best(costs: Costs) -> float:
+        return max(_merit(nodes, speed) for nodes, speed in costs.speeds(head).items())
+
+    return max(layouts, key=best).tile
 
 
 def _merit(nodes: int, speed: float) -> float:
@@ -88,111 +105,90 @@ def _merit(nodes: int, speed: float) -> float:
 
 def costs_of(target: TargetConfig, head: DrafterConfig | None, params: Params, folder: Path) -> tuple[Costs, ...]:
     """What forwards of this pair cost this processor: from `folder`, or timed (some seconds, with a progress bar) and
-    kept there.
+    kept there, unless other work disturbed it.
 
     Args:
         target, head: of weights in any layout.
         folder: of files that are named after all that a cost depends on.
 
     Returns:
-        Plain matrices, and tiles where the target's can lie in them.
+        Plain matrices, and tiles where the target's can lie in them; nothing where there is nothing to choose.
     """
     layouts: list[int | None] = [None, TILE] if can_lie_in_tiles(target, params.target) else [None]
-    description = _description(target, head)
+    if len(layouts) == 1 and not known_lengths(head):
+        return ()
+    description = _description(target)
     file = folder / f"{sha256(json.dumps(description).encode()).hexdigest()[:32]}.json"
-    if (found := _read(file, layouts)) is not None:
-        return found
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "lock"):  # two that timed at once would disturb each other
-            if (found := _read(file, layouts)) is None:
-                found = _time(target, head, params, layouts)
-                _write(file, {**description, "costs": [asdict(costs) for costs in found]})
-        return found
-    except OSError:  # nothing can be kept there
-        return _time(target, head, params, layouts)
+    found = _read(file, layouts)
+    if found is None:
+        with suppress(OSError):  # where nothing can be kept
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / "lock"):  # two that timed at once would disturb each other
+                found = _read(file, layouts)
+                if found is None:
+                    found = _time(target, params.target, layouts)
+                    if all(costs.plausible() for costs in found):
+                        write_text(file, json.dumps({**description, "costs": list(map(asdict, found))}, indent=1))
+        found = found or _time(target, params.target, layouts)
+    share = _layer_bytes(params.head) / _layer_bytes(params.target)
+    return tuple(replace(costs, head_share=share) for costs in found)
 
 
-def _description(target: TargetConfig, head: DrafterConfig | None) -> dict[str, Any]:
+def _description(target: TargetConfig) -> dict[str, Any]:
     """All that the costs depend on, for people too."""
-    shapes = [repr(replace(config, weight_tile=None)) for config in (target, head) if config is not None]
     return {"processor": processor(), "details": sha256(processor_details().encode()).hexdigest(), "cores": cores(),
-            "jax": jax.__version__, "version": VERSION, "shapes": shapes}
+            "jax": jax.__version__, "version": VERSION, "rows": ROWS, "target": repr(replace(target, weight_tile=None))}
 
 
 def _read(file: Path, layouts: list[int | None]) -> tuple[Costs, ...] | None:
     """What a file keeps; None where there is none, or one that makes no sense."""
     try:
-        kept = read_json(file)["costs"]
-        found = tuple(Costs(entry["tile"], tuple(entry["target"]), entry["head"] and tuple(entry["head"]))
-                      for entry in kept)
+        found = tuple(Costs(entry["tile"], tuple(entry["lm_head"]), tuple(entry["layers"]))
+                      for entry in read_json(file)["costs"])
     except (JetSpecError, KeyError, TypeError):
         return None
-    seconds = [value for costs in found for part in (costs.target, costs.head) if part is not None for value in part]
-    sound = all(isinstance(value, float) and 0 < value < float("inf") for value in seconds)
-    lengths = {len(part) for costs in found for part in (costs.target, costs.head) if part is not None}
-    return found if sound and lengths == {len(ROWS)} and [costs.tile for costs in found] == layouts else None
+    parts = [part for costs in found for part in (costs.lm_head, costs.layers)]
+    sound = all(isinstance(value, float) and 0 < value < float("inf") for part in parts for value in part)
+    whole = [costs.tile for costs in found] == layouts and all(len(part) == len(ROWS) for part in parts)
+    return found if sound and whole else None
 
 
-def _write(file: Path, contents: dict[str, Any]) -> None:
-    """Beside, then renamed."""
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".partial", delete=False) as beside:
-        try:
-            json.dump(contents, beside, indent=1)
-        except BaseException:
-            os.unlink(beside.name)
-            raise
-    os.replace(beside.name, file)
-
-
-def _time(target: TargetConfig, head: DrafterConfig | None, params: Params,
-          layouts: list[int | None]) -> tuple[Costs, ...]:
-    """Times a sample of the layers and the LM head in every layout, in turns.
-
-    Layers count by their bytes: those of the head are built like the target's.
-    """
-    parts = [(tile, part) for tile in layouts for part in (_lm_head(target, params.target, tile),
-                                                           _layers(target, params.target, tile))]
-    work = [(rows, i) for rows in ROWS for i in range(len(parts))]
-    best: dict[tuple[int, int], np.ndarray] = {}  # seconds of each step
+def _time(target: TargetConfig, params: dict, layouts: list[int | None]) -> tuple[Costs, ...]:
+    """Times the LM head and a sample of the layers in every layout, in turns."""
+    parts = {(part, tile): part(target, params, tile) for tile in layouts for part in (_lm_head, _layers)}
+    work = [(rows, key) for rows in ROWS for key in parts]
+    best: dict[Any, np.ndarray] = {}  # seconds of each step
     with ThreadPoolExecutor(cores()) as pool, tqdm(total=2 * len(work), leave=False, delay=0.5,
                                                    desc="timing this processor, once") as bar:
 
-        def prepare(key: tuple[int, int]) -> Callable[[], np.ndarray]:
-            rows, i = key
-            sweep = _compiled(*parts[i][1], jnp.full((1, rows, target.hidden_size), 0.1, target.jnp_dtype))
+        def prepare(rows: int, key: Any) -> Callable[[], np.ndarray]:
+            sweep = _compiled(*parts[key], jnp.full((1, rows, target.hidden_size), 0.1, target.jnp_dtype))
             bar.update()
             return sweep
 
-        sweeps = dict(zip(work, pool.map(prepare, work), strict=True))
+        sweeps = dict(zip(work, pool.map(prepare, *zip(*work, strict=True)), strict=True))
         for rows in ROWS:
-            mine = [(rows, i) for i in range(len(parts))]
             end = time.perf_counter() + SECONDS
             for turn in range(MOST_SWEEPS):
                 if turn < LEAST_SWEEPS or time.perf_counter() < end:
-                    for key in mine:
-                        taken = sweeps[key]()
-                        best[key] = np.minimum(taken, best.get(key, taken))
-            bar.update(len(mine))
-    seconds = {key: float(steps.sum()) for key, steps in best.items()}
+                    for key in parts:
+                        taken = sweeps[rows, key]()
+                        best[rows, key] = np.minimum(taken, best.get((rows, key), taken))
+            bar.update(len(parts))
 
-    def costs(i: int, tile: int | None) -> Costs:
-        def total(model: dict) -> tuple[float, ...]:
-            layers = {name: tree for name, tree in model["params"].items() if name not in ("embedding", "lm_head")}
-            scale = _bytes(layers) / _bytes(parts[i + 1][1][1])
-            return tuple(seconds[rows, i] + scale * seconds[rows, i + 1] for rows in ROWS)
+    def seconds(part: Any, tile: int | None, whole: int) -> tuple[float, ...]:
+        scale = whole / _bytes(parts[part, tile][1])
+        return tuple(scale * float(best[rows, (part, tile)].sum()) for rows in ROWS)
 
-        return Costs(tile, total(params.target), None if head is None else total(params.head))
-
-    return tuple(costs(2 * i, tile) for i, tile in enumerate(layouts))
+    matrices, layers = _bytes(_lm_head_params(params)), _layer_bytes(params)
+    return tuple(Costs(tile, seconds(_lm_head, tile, matrices), seconds(_layers, tile, layers)) for tile in layouts)
 
 
 def _lm_head(config: TargetConfig, params: dict, tile: int | None) -> _Part:
     """The LM head, and the best of its logits."""
-    matrices = {name: tree for name, tree in params["params"].items() if name in ("embedding", "lm_head")}
-    config, weights = in_layout(config, {"params": matrices}, tile)
+    config, weights = in_layout(config, _lm_head_params(params), tile)
 
-    def run(weights: dict, x: Array) -> Array:
+    def run(weights: dict, x: Array) -> Array:  # the next step depends on this one
         best = jnp.argmax(target_logits(config, weights, x), axis=-1, keepdims=True)
         return x + 1e-9 * best.astype(x.dtype)
 
@@ -218,7 +214,7 @@ def _layers(config: TargetConfig, params: dict, tile: int | None) -> _Part:
 
 def _compiled(run: Callable[[Any, Array], Array], sample: list[Any], x: Array) -> Callable[[], np.ndarray]:
     """A sweep over a sample, each step on the result of the one before: how many seconds each took."""
-    program = jax.jit(partial(run)).lower(sample[0], x).compile()
+    program = jax.jit(run).lower(sample[0], x).compile()
 
     def sweep() -> np.ndarray:
         state, times = x, [time.perf_counter()]
@@ -229,6 +225,16 @@ def _compiled(run: Callable[[Any, Array], Array], sample: list[Any], x: Array) -
 
     sweep()  # the first one touches memory
     return sweep
+
+
+def _lm_head_params(params: dict) -> dict:
+    """Embedding, and LM head where that is another matrix."""
+    return {"params": {name: tree for name, tree in params["params"].items() if name in ("embedding", "lm_head")}}
+
+
+def _layer_bytes(params: dict) -> int:
+    """All parameters but embedding and LM head."""
+    return _bytes([tree for name, tree in params.get("params", {}).items() if name not in ("embedding", "lm_head")])
 
 
 def _bytes(tree: Any) -> int:

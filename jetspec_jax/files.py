@@ -1,4 +1,5 @@
-"""Files that somebody else wrote: opened only if they are ordinary files, and read only up to a size that they need."""
+"""Files that somebody else wrote are opened only if they are ordinary files, and read only up to a size that they need;
+our own are written whole."""
 
 from __future__ import annotations
 
@@ -132,6 +133,18 @@ def locked(file: Path, busy: str) -> Iterator[None]:
     finally:
         file.unlink(missing_ok=True)
         lock.release()
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes beside and renames, so that no half of a file is ever there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f".{file.name[:200]}.partial")  # the name may be as long as names can be
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.rename(file)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def cannot_read(file: str | os.PathLike[str], error: OSError) -> JetSpecError:

@@ -21,7 +21,7 @@ from jetspec_jax.config import (
     SamplingParams,
     TreeConfig,
 )
-from jetspec_jax.costs import fastest_nodes
+from jetspec_jax.costs import fastest_nodes, known_lengths
 from jetspec_jax.decode import Decoder, DecodeState, create_state, insert, prefill, run_rounds
 from jetspec_jax.draft import Drafter, HeadDrafter, NoDrafter, plain_nodes
 from jetspec_jax.errors import JetSpecError, shown
@@ -396,10 +396,9 @@ def default_tree(pair: Pair, batch: int = 1) -> TreeConfig | None:
     """
     if jax.default_backend() != "cpu" or not is_large(pair.params.target):
         return DEFAULT_TREE
-    speeds = expected_speeds(pair, batch)
-    if len(speeds) < 2:
+    if not pair.costs or not known_lengths(pair.head_config):
         return CPU_TREE
-    nodes = fastest_nodes(speeds)
+    nodes = fastest_nodes(expected_speeds(pair, batch))
     return None if nodes == 1 else replace(CPU_TREE, budget=nodes)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +23,7 @@ from jetspec_jax.costs import costs_of, fastest_layout
 from jetspec_jax.draft import Params
 from jetspec_jax.errors import DamagedError, JetSpecError
 from jetspec_jax.files import local_path
+from jetspec_jax.machine import cores
 from jetspec_jax.pair import Pair
 from jetspec_jax.presets import PRESETS, Preset
 from jetspec_jax.programs import Programs
@@ -69,10 +72,11 @@ def load_pretrained(target: str | Path, head: str | Path | Literal[False] | None
     seen = _identity(folder)
     try:
         pair = _load_target(folder, head_shape, dtype, mesh, verify)
-    except DamagedError as error:
-        if not embedded:
+    except JetSpecError as error:
+        replaced = _identity(folder) != seen  # by another process, meanwhile
+        if not embedded or not (replaced or isinstance(error, DamagedError)):
             raise
-        if _identity(folder) == seen:  # else another process has replaced it meanwhile
+        if isinstance(error, DamagedError) and not replaced:
             warnings.warn(f"{error.what}: the default model is made again", stacklevel=2)
         pair = _load_target(_embedded_default(damaged=seen), head_shape, dtype, mesh, verify)
     if head_folder is not None:
@@ -83,7 +87,8 @@ def load_pretrained(target: str | Path, head: str | Path | Literal[False] | None
         pair = _timed(pair)
         tiles = fastest_layout(pair.costs, pair.head_config) is not None
     pair = _laid_out(pair, TILE if tiles else None)
-    if embedded and timed and pair.target_config.weight_tile != kept:
+    usual = head is None and cores() == os.cpu_count()  # others convert at every start: one layout is kept, not each
+    if embedded and timed and usual and pair.target_config.weight_tile != kept:
         _keep_layout(pair.target_config, pair.params.target)
     return pair
 
@@ -273,20 +278,21 @@ def _keep_layout(config: TargetConfig, params: dict) -> None:
     """
     cache = cache_folder() / "smollm2-135m"
     converted, fresh, old = (cache / f"checkpoint-v{checkpoint.VERSION}{suffix}" for suffix in ("", "-new", "-old"))
-    with FileLock(cache / "convert.lock"):
-        try:
-            stored = checkpoint.load_config(converted)
-            if stored == config or replace(stored, weight_tile=config.weight_tile) != config:
-                return
-            for left in (fresh, old):  # by a process that was killed
-                _remove(left)
-            with checkpoint.written_beside(fresh) as folder:
-                shutil.copytree(converted / checkpoint.TOKENIZER, folder / checkpoint.TOKENIZER)
-                checkpoint.save(folder, config, params, Path(next(iter(SMOLLM2_GGUF.members))).name, tiles=True)
-            converted.rename(old)  # a moment without one: who looks waits for the lock
-            fresh.rename(converted)
-        except (JetSpecError, OSError):
+    with suppress(JetSpecError, OSError), FileLock(cache / "convert.lock"):
+        stored = checkpoint.load_config(converted)
+        if stored == config or replace(stored, weight_tile=config.weight_tile) != config:
             return
+        for left in (fresh, old):  # by a process that was killed
+            _remove(left)
+        with checkpoint.written_beside(fresh) as folder:
+            shutil.copytree(converted / checkpoint.TOKENIZER, folder / checkpoint.TOKENIZER)
+            checkpoint.save(folder, config, params, Path(next(iter(SMOLLM2_GGUF.members))).name, tiles=True)
+        converted.rename(old)  # a moment without one: who looks waits for the lock, who reads looks again
+        try:
+            fresh.rename(converted)
+        except OSError:
+            old.rename(converted)
+            raise
         finally:
             for left in (fresh, old):
                 _remove(left)

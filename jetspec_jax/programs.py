@@ -28,7 +28,7 @@ GPU_OPTIONS = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_C
 # A call of `generate` needs five, and two to four more for other lengths of prompts and answers; two of them are large
 # (of the default pair 50 to 90 MB each on a CPU). What is stored comes back within a second, what is not is compiled
 # again. Nine are one shape of prompts and answers decoded in two ways.
-MOST_PROGRAMS, MOST_BESIDE_STORE = 64, 9
+MOST_PROGRAMS, MOST_STORED = 64, 9
 
 DISPATCH_SECONDS = 0.5
 MOST_ROUNDS = 1024  # of a dispatch
@@ -84,6 +84,7 @@ class _Program:
     """A place for a program; who holds `compiling` fills it."""
 
     run: Callable[..., Any] | None = None
+    stored: bool = False
     compiling: Lock = field(default_factory=Lock)
 
 
@@ -95,19 +96,20 @@ class Programs:
 
     Args:
         options: what XLA must be told; None takes `compiler_options()`.
-        most: how many programs are kept in memory; None takes 64, and 9 beside a store.
+        most: how many programs are kept in memory.
         store: a folder that keeps them for later processes too (`jetspec_jax.store`).
 
     Attributes:
-        most: as above; who goes through many shapes in turn may raise it.
+        most_stored: how many of those that are stored stay in memory too; who goes through many shapes in turn may
+            raise it.
         compile_seconds: seconds that callers waited so far for programs to be compiled, or loaded where they were
             stored; those of all threads added up.
     """
 
-    def __init__(self, options: dict[str, Any] | None = None, most: int | None = None,
+    def __init__(self, options: dict[str, Any] | None = None, most: int = MOST_PROGRAMS,
                  store: Path | None = None) -> None:
-        self._options, self._store = options, store
-        self.most = most or (MOST_PROGRAMS if store is None else MOST_BESIDE_STORE)
+        self._options, self._most, self._store = options, most, store
+        self.most_stored = MOST_STORED
         self._lock = Lock()  # of what follows; never held for long
         self._programs: OrderedDict[Any, _Program] = OrderedDict()
         self.compile_seconds = 0.0
@@ -130,22 +132,29 @@ class Programs:
         if program.run is None:
             start = time.perf_counter()
             with program.compiling:
-                program.run = program.run or self._compile(function, static, args, donate)
+                if program.run is None:
+                    program.run, program.stored = self._compile(function, static, args, donate)
             waited = time.perf_counter() - start
             clock.waited += waited
             with self._lock:
                 self.compile_seconds += waited
+                self._let_go()
+        assert program.run is not None
         return program.run(*args)
 
     def prepare(self, function: Callable[..., Any], static: tuple, *args: Any, donate: int | None = None) -> None:
         """Begins to load what will be called soon and is stored, beside what the caller does until then."""
-        program, place = self._find(function, static, args, donate), self._place(function, static, args, donate)
-        if program.run is None and place is not None and place.file.exists():
-            Thread(target=self._load, args=(program, place)).start()
+        program = self._find(function, static, args, donate)
+        if program.run is None:
+            place = self._place(function, static, args, donate)
+            if place is not None and place.file.exists():
+                Thread(target=self._load, args=(program, place)).start()
 
     def _load(self, program: _Program, place: Place) -> None:
         with program.compiling:
-            program.run = program.run or place.load()
+            if program.run is None:
+                program.run = place.load()
+                program.stored = program.run is not None
 
     def _find(self, function: Callable[..., Any], static: tuple, args: tuple, donate: int | None) -> _Program:
         leaves, structure = jax.tree.flatten(args)
@@ -153,9 +162,14 @@ class Programs:
         with self._lock:
             program = self._programs.setdefault(key, _Program())
             self._programs.move_to_end(key)
-            if len(self._programs) > self.most:
-                self._programs.popitem(last=False)
         return program
+
+    def _let_go(self) -> None:
+        """Forgets programs that were not used for longest, while there are too many."""
+        ready = [key for key, program in self._programs.items() if program.run is not None]
+        stored = [key for key in ready if self._programs[key].stored]
+        for key in {*ready[:max(len(ready) - self._most, 0)], *stored[:max(len(stored) - self.most_stored, 0)]}:
+            del self._programs[key]
 
     @property
     def _told(self) -> dict[str, Any]:
@@ -164,15 +178,16 @@ class Programs:
     def _place(self, function: Callable[..., Any], static: tuple, args: tuple, donate: int | None) -> Place | None:
         return None if self._store is None else place_of(self._store, function, static, args, donate, self._told)
 
-    def _compile(self, function: Callable[..., Any], static: tuple, args: tuple, donate: int | None) -> Any:
-        """The program, from the store if it is there."""
+    def _compile(self, function: Callable[..., Any], static: tuple, args: tuple,
+                 donate: int | None) -> tuple[Callable[..., Any], bool]:
+        """(a program, from the store if it is there; whether it is there now)."""
         place = self._place(function, static, args, donate)
-        program = place and place.load()
-        if program is None:
+        run = None if place is None else place.load()
+        stored = run is not None
+        if run is None:
             # Of a function that lives on, JAX would keep what it traced and compiled, whoever lets go of it.
             jitted = jax.jit(partial(function, *static), donate_argnums=() if donate is None else donate)
-            program = jitted.lower(*args).compile(self._told)
-            if place is not None:
-                place.save(program)
+            run = jitted.lower(*args).compile(self._told)
+            stored = place is not None and place.save(run)
         give_back_memory()
-        return program
+        return run, stored

@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import stat
 import tempfile
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from inspect import isfunction
@@ -26,7 +28,7 @@ from jax.experimental.serialize_executable import deserialize_and_load, serializ
 import pallas_kernels
 from jetspec_jax.machine import cores, processor_details
 
-MOST_BYTES = 2**27  # of a folder; the programs of one shape of prompts and answers take 1.5 MB for the default pair
+MOST_BYTES = 2**27  # of a folder; the programs of one shape of prompts and answers take 1.7 MB for the default pair
 CHECKSUM = 32  # bytes in front of each program
 
 PACKAGES = (Path(__file__).parent, Path(pallas_kernels.__file__).parent)
@@ -46,22 +48,26 @@ class Place:
     def load(self) -> Callable[..., Any] | None:
         """The program, ready to run; None where there is none that is whole."""
         try:
-            content = _private(self.file.parent).joinpath(self.file.name).read_bytes()
+            content = self.file.read_bytes() if _is_private(self.file.parent) else b""
             packed = content[CHECKSUM:]
             if hashlib.sha256(packed).digest() != content[:CHECKSUM]:
                 return None
             executable, taken, returned = pickle.loads(zlib.decompress(packed))
             program = deserialize_and_load(executable, taken, returned, execution_devices=[self.device])
-            os.utime(self.file)
         except Exception:  # whatever jaxlib says of it
             return None
+        with suppress(OSError):  # a cache that can only be read
+            os.utime(self.file)
         return program
 
-    def save(self, program: jax.stages.Compiled) -> None:
-        """Keeps a program: written beside and renamed, so that no half of one is ever there."""
+    def save(self, program: jax.stages.Compiled) -> bool:
+        """Keeps a program: written beside and renamed, so that no half of one is ever there. Whether it is there."""
         try:
+            self.file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not _is_private(self.file.parent):
+                return False
             packed = zlib.compress(pickle.dumps(serialize(program)), level=1)
-            with tempfile.NamedTemporaryFile(dir=_private(self.file.parent), delete=False) as beside:
+            with tempfile.NamedTemporaryFile(dir=self.file.parent, delete=False) as beside:
                 try:
                     beside.write(hashlib.sha256(packed).digest() + packed)
                     beside.close()
@@ -71,7 +77,8 @@ class Place:
                     raise
             _make_room(self.file.parent)
         except Exception:  # a full disk, or a program that jaxlib does not write
-            return
+            return False
+        return True
 
 
 def place_of(folder: Path, function: Callable[..., Any], static: tuple, args: tuple, donate: int | None,
@@ -103,11 +110,11 @@ def place_of(folder: Path, function: Callable[..., Any], static: tuple, args: tu
     return Place(folder / hashlib.sha256(depends.encode()).hexdigest(), device)
 
 
-def _private(folder: Path) -> Path:
-    """The folder, there and open to its owner alone: to unpickle a file is to run what its writer wants."""
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o700)
-    return folder
+def _is_private(folder: Path) -> bool:
+    """Whether only this user can write into a folder: to unpickle a file is to run what its writer wants."""
+    found = folder.lstat()
+    return stat.S_ISDIR(found.st_mode) and not found.st_mode & 0o022 and (
+        not hasattr(os, "geteuid") or found.st_uid == os.geteuid())
 
 
 def _make_room(folder: Path) -> None:

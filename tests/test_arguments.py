@@ -20,9 +20,10 @@ from experiments import (
     train_head,
     write_prompts,
 )
-from experiments.common import check_output, require_head, run_main, write_text
+from experiments.common import check_output, require_head, run_main
 from jetspec_jax import JetSpecError, suites
 from jetspec_jax.arguments import integer, number, one_line, seed, user_path, utf8
+from jetspec_jax.files import write_text
 from jetspec_jax.suites import read_prompts_jsonl, suite_messages
 from jetspec_jax.training.prompts import Exclusion, check_source, collect_prompts
 from tests.models import DATA, random_pair, tiny_target

@@ -148,14 +148,6 @@ def test_a_program_that_goes_leaves_memory():
     assert alive() == before
 
 
-def test_fewer_programs_stay_beside_a_store(tmp_path):
-    for store, kept in ((None, 20), (tmp_path, 10)):
-        programs, multiply = Programs(store=store), counting(traced := [])
-        for power in (*range(20), *range(19, -1, -1)):  # back from the last one: those that are there are not compiled
-            programs(Clock(), multiply, (power,), TWO)
-        assert len(traced) == 20 + (20 - kept)
-
-
 def test_threads_get_the_answers_and_the_times_of_their_own(pair, monkeypatch):
     prompts = [[1, 2, 3 + i] for i in range(6)]
     compiled, compile_one, shared = [], Programs._compile, replace(pair, programs=Programs())
@@ -205,13 +197,13 @@ def test_the_pace_is_that_of_whole_dispatches_without_compilation(pair, watch, m
 
     def compile_timed(self, function, static, args, donate):
         watch.seconds += 50
-        run = compile_one(self, function, static, args, donate)
+        run, stored = compile_one(self, function, static, args, donate)
 
         def timed(*args):
             watch.seconds += int(args[2]) / 16 if function is run_rounds else 7
             return run(*args)
 
-        return timed
+        return timed, stored
 
     def spy(self, rounds, seconds):
         told.append((rounds, seconds))

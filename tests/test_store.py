@@ -7,12 +7,13 @@ import subprocess
 import sys
 import threading
 import zlib
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from jetspec_jax import store
+from jetspec_jax import programs, store
 from jetspec_jax.cache import KVCache
 from jetspec_jax.decode import ends
 from jetspec_jax.pretrained import load_pretrained
@@ -67,6 +68,47 @@ def test_a_stored_program_takes_and_returns_trees_and_takes_buffers_over(tmp_pat
     assert found.v[0, 0, 1].tolist() == [[10, 11], [14, 15], [0, 0]]
 
 
+@pytest.mark.parametrize("writable", [True, False])
+def test_what_is_stored_leaves_memory_sooner(tmp_path, monkeypatch, writable):
+    """And what cannot be stored does not: it would be compiled again."""
+    monkeypatch.setattr(programs, "MOST_STORED", 3)
+    (tmp_path / "file").write_text("no folder")
+    kept, compiled = Programs(store=tmp_path if writable else tmp_path / "file"), []
+    compile_one = Programs._compile
+    monkeypatch.setattr(Programs, "_compile", lambda self, *what: compiled.append(what[2][0].shape) or compile_one(
+        self, *what))
+    for size in (1, 2, 3, 4, 5, 5, 4, 3, 2, 1):
+        kept(Clock(), ends, (), TOKENS[:, :1].repeat(size, axis=1), EOS)
+    assert [size for _, size in compiled] == [1, 2, 3, 4, 5, *([2, 1] if writable else [])]
+
+
+def test_a_cache_that_can_only_be_read_is_read(tmp_path, monkeypatch, nothing_compiles):
+    find_ends(tmp_path)
+
+    def refuse(*_, **__):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    nothing_compiles()
+    assert find_ends(tmp_path) == FOUND
+
+
+def test_a_folder_that_others_write_into_is_not_trusted(tmp_path):
+    """Whoever can write a program into it can run code."""
+    find_ends(tmp_path)
+    (file,) = tmp_path.iterdir()
+    content = file.read_bytes()
+    tmp_path.chmod(0o777)
+    file.write_bytes(b"planted")
+    assert find_ends(tmp_path) == FOUND
+    assert file.read_bytes() == b"planted"  # neither read nor written
+    tmp_path.chmod(0o700)
+    find_ends(tmp_path)
+    assert file.read_bytes() != b"planted"
+    assert len(file.read_bytes()) > len(content) // 2
+
+
 def test_what_is_prepared_is_loaded_beside_the_caller(tmp_path, monkeypatch, nothing_compiles):
     """And only if it is stored: two compilations at once would take twice the memory."""
     find_ends(tmp_path)
@@ -79,14 +121,14 @@ def test_what_is_prepared_is_loaded_beside_the_caller(tmp_path, monkeypatch, not
 
     monkeypatch.setattr(Place, "load", load_slowly)
     nothing_compiles()
-    programs = Programs(store=tmp_path)
-    programs.prepare(ends, (), TOKENS[:1], EOS)  # was never compiled
+    kept = Programs(store=tmp_path)
+    kept.prepare(ends, (), TOKENS[:1], EOS)  # was never compiled
     assert not entered.is_set()
-    programs.prepare(ends, (), TOKENS, EOS)
+    kept.prepare(ends, (), TOKENS, EOS)
     assert entered.wait(TIMEOUT)
     clock = Clock()
     threading.Timer(0.1, go_on.set).start()
-    assert programs(clock, ends, (), TOKENS, EOS).tolist() == FOUND
+    assert kept(clock, ends, (), TOKENS, EOS).tolist() == FOUND
     assert clock.waited > 0  # for the other thread
 
 

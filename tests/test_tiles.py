@@ -159,7 +159,7 @@ def test_loading_takes_kept_tiles_as_it_is_asked(kept):
 
 
 @pytest.mark.parametrize(("value", "message"), [
-    (None, "lacks weight_tile"), (0, "positive integer"), ("8", "positive integer"), (16, "."), (4, "shape or dtype")])
+    (None, "shape or dtype"), (0, "positive integer"), ("8", "positive integer"), (16, "."), (4, "shape or dtype")])
 def test_tiles_of_another_size_are_refused(kept, value, message):
     file = kept[1] / "t" / "jetspec.json"
     description = json.loads(file.read_text())
@@ -204,14 +204,14 @@ def test_loading_lays_out_what_timing_found(folders, monkeypatch):
         return found.target_config.weight_tile, found.head_config.weight_tile
 
     slow, fast = (tuple(seconds * (rows + 9) for rows in ROWS) for seconds in (2e-3, 1e-3))
-    found = [Costs(None, slow, slow), Costs(64, fast, fast)]
+    found = [Costs(None, slow, slow, 0.1), Costs(64, fast, fast, 0.1)]
     monkeypatch.setattr(pretrained, "costs_of", lambda *_: tuple(found))
     assert loaded() == (None, None)  # too small to matter
     assert loaded(tiles=True) == (64, 64)
     monkeypatch.setattr(tiles, "LEAST_BYTES", 0)
     assert loaded() == (64, 64)
     assert loaded(tiles=False) == (None, None)
-    found[1] = Costs(64, slow, slow)
+    found[1] = Costs(64, slow, slow, 0.1)
     assert loaded() == (None, None)
     with pytest.raises(JetSpecError, match="leave out tiles or mesh"):
         loaded(tiles=True, mesh=make_mesh(1))

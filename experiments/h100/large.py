@@ -7,10 +7,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments.common import write_text
 from experiments.h100.plan import plan, setup_for
 from experiments.h100.sweep import fill
 from jetspec_jax import JetSpecError, TreeConfig
+from jetspec_jax.files import write_text
 
 CASES = (("qwen3-32b", 2), ("qwen3-32b", 4), ("qwen3-32b", 8), ("qwen3-30b-a3b", 1), ("qwen3-30b-a3b", 2))
 BUDGET, CONTEXT = 256, 4096

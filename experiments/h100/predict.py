@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.common import write_text
+from jetspec_jax.files import write_text
 
 if TYPE_CHECKING:
     from experiments.h100.plan import Setup

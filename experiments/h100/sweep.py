@@ -9,7 +9,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments.common import write_text
 from experiments.h100.plan import (
     DEVICE_BYTES,
     compile_prefill,
@@ -23,6 +22,7 @@ from experiments.h100.plan import (
 from experiments.h100.report import describe
 from experiments.plots import Line, Panel, save_plot
 from jetspec_jax import JetSpecError, SamplingParams, TreeConfig
+from jetspec_jax.files import write_text
 
 MODELS = ("qwen3-0.6b", "qwen3-8b", "qwen3-32b")
 BUDGETS = (16, 32, 64, 128, 256)

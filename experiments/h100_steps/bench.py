@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.common import write_text
 from experiments.h100.plan import Setup, abstract_params, setup_for
 from jetspec_jax import HeadConfig, TargetConfig, TreeConfig
 from jetspec_jax.config import KernelBackend
 from jetspec_jax.draft import Params
+from jetspec_jax.files import write_text
 from jetspec_jax.programs import compiler_options
 
 LOOP_COMMANDS = ",WHILE,CONDITIONAL"

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experiments.common import write_text
 from jetspec_jax import JetSpecError
+from jetspec_jax.files import write_text
 
 # In order; seconds that a step may take on a card, far above what it should.
 LIMITS = {"machine": 40, "correct": 150, "rounds": 200, "peer": 90, "kernels": 90, "pair": 240, "batch": 120,
