@@ -15,7 +15,7 @@ from converters.rope import REASONS, Rope, yarn_attention_factor
 from jetspec_jax.config import EPS_LIMITS, MAX_LAYERS, THETA_LIMITS, RopeScaling, TargetConfig
 from jetspec_jax.errors import JetSpecError, first_line, shown
 from jetspec_jax.files import cannot_read
-from jetspec_jax.text import tokenizer_errors
+from jetspec_jax.text import tokenizer_errors, without_advice
 
 ARCHITECTURES = ("llama", "qwen3")
 # How models split text before byte-level BPE; Llama 3 takes digits in groups of three, Qwen2 and Qwen3 one by one.
@@ -237,7 +237,9 @@ class GGUFFile:
     def _tokenizer(self) -> Any:
         """The Hugging Face tokenizer that the metadata describes."""
         from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-        from transformers import PreTrainedTokenizerFast
+
+        with without_advice():
+            from transformers import PreTrainedTokenizerFast
 
         def split(pattern: str) -> list[Any]:
             return [pre_tokenizers.Split(Regex(pattern), behavior="isolated"),

@@ -12,7 +12,7 @@ from converters.gguf_file import GGUFFile
 from jetspec_jax.chat_template import MAX_TEMPLATE
 from jetspec_jax.errors import JetSpecError
 from jetspec_jax.files import MAX_JSON, MAX_TEXT, cannot_read, local_path, read_bytes, read_json, read_text
-from jetspec_jax.text import tokenizer_errors
+from jetspec_jax.text import tokenizer_errors, without_advice
 
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 FILES = {"tokenizer.json": MAX_TEXT, "vocab.json": MAX_TEXT, "merges.txt": MAX_TEXT, "tokenizer.model": MAX_TEXT,
@@ -78,7 +78,8 @@ def load_tokenizer(source: Path) -> Any:
             raise _cannot_copy(source, error) from error
         if not any(all((folder / name).is_file() for name in names) for names in WHOLE):
             return None
-        from transformers import PreTrainedTokenizerBase
+        with without_advice():
+            from transformers import PreTrainedTokenizerBase
 
         try:
             with tokenizer_errors(f"the tokenizer in {source} cannot be loaded"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -80,6 +81,22 @@ def tokenizer_errors(what: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # which is no Exception
             raise
         raise JetSpecError(f"{what}: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def without_advice() -> Iterator[None]:
+    """For the first import of transformers, which tells those without PyTorch that it is missing: no tokenizer needs
+    it, and a user of ours would take it for an error."""
+    logger = logging.getLogger("transformers")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "PyTorch was not found" not in record.getMessage()
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 class _Decoder(Protocol):

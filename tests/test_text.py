@@ -1,5 +1,6 @@
 """The text of an answer while its tokens arrive: exactly the whole answer's, early, and at a cost that is linear."""
 
+import logging
 import random
 
 import pytest
@@ -7,7 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from jetspec_jax.text import TextStream, _CleanUp
+from jetspec_jax.text import TextStream, _CleanUp, without_advice
 
 BYTES = [f"<0x{i:02X}>" for i in range(256)]
 WORDS = ["▁", "▁▁", "▁a", "b", "▁the", ".", "▁,", "n't", "\n", "é", "你好", "\N{REPLACEMENT CHARACTER}", "x▁"]
@@ -203,3 +204,12 @@ def test_clean_up_of_text_that_comes_by_letters():
         stream = _CleanUp(tokenizer)
         told = [stream.add(letter, done=False) for letter in text]
         assert "".join(told) + stream.add("", done=True) == tokenizer.clean_up_tokenization(text), text
+
+
+def test_that_pytorch_is_missing_is_nothing_to_say(caplog):
+    """But everything else that transformers has to say is."""
+    with without_advice():
+        logging.getLogger("transformers").warning("PyTorch was not found. Models won't be available.")
+        logging.getLogger("transformers").warning("Something else.")
+    logging.getLogger("transformers").warning("PyTorch was not found.")
+    assert [record.getMessage() for record in caplog.records] == ["Something else.", "PyTorch was not found."]
