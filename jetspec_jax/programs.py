@@ -26,7 +26,7 @@ GPU_OPTIONS = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_C
                "xla_gpu_graph_min_graph_size": 1, "xla_gpu_dot_merger_threshold_mb": 0}
 
 # A call of `generate` needs five, and two to four more for other lengths of prompts and answers; two of them are large
-# (of the default pair 50 to 90 MB each on a CPU). What is stored comes back within a second, what is not is compiled
+# (of the default pair nearly 100 MB each on a CPU). What is stored comes back within a second, what is not is compiled
 # again. Nine are one shape of prompts and answers decoded in two ways.
 MOST_PROGRAMS, MOST_STORED = 64, 9
 
@@ -41,7 +41,8 @@ def compiler_options() -> dict[str, Any]:
 
 
 def give_back_memory() -> None:
-    """Tells the C library to return what was freed: glibc would keep hundreds of megabytes after a compilation."""
+    """Tells the C library to return what was freed: glibc would keep a hundred megabytes after every large program that
+    was compiled, loaded or let go."""
     with suppress(OSError, AttributeError, TypeError):  # another library, or another system
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -139,6 +140,7 @@ class Programs:
             with self._lock:
                 self.compile_seconds += waited
                 self._let_go()
+            give_back_memory()
         assert program.run is not None
         return program.run(*args)
 
@@ -155,6 +157,7 @@ class Programs:
             if program.run is None:
                 program.run = place.load()
                 program.stored = program.run is not None
+        give_back_memory()
 
     def _find(self, function: Callable[..., Any], static: tuple, args: tuple, donate: int | None) -> _Program:
         leaves, structure = jax.tree.flatten(args)
@@ -189,5 +192,4 @@ class Programs:
             jitted = jax.jit(partial(function, *static), donate_argnums=() if donate is None else donate)
             run = jitted.lower(*args).compile(self._told)
             stored = place is not None and place.save(run)
-        give_back_memory()
         return run, stored
