@@ -92,11 +92,12 @@ def fastest_nodes(speeds: dict[int, float]) -> int:
 
 
 def fastest_layout(layouts: tuple[Costs, ...], head: DrafterConfig | None) -> int | None:
-    """The tile of the layout in which one sequence decodes fastest, or None for plain matrices."""
+    """The tile of the layout in which one sequence decodes fastest, or None for plain matrices and where nothing was
+    timed."""
     def best(costs: Costs) -> float:
         return max(_merit(nodes, speed) for nodes, speed in costs.speeds(head).items())
 
-    return max(layouts, key=best).tile
+    return max(layouts, key=best).tile if layouts else None
 
 
 def _merit(nodes: int, speed: float) -> float:

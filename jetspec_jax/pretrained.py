@@ -83,10 +83,11 @@ def load_pretrained(target: str | Path, head: str | Path | Literal[False] | None
         pair = _join(pair, head_folder, dtype, verify)
     on_cpu, kept = mesh is None and jax.default_backend() == "cpu", pair.target_config.weight_tile
     timed = tiles is None and on_cpu and is_large(pair.params.target) and not pair.target_config.num_experts
+    tile = TILE if tiles else None
     if timed:
         pair = _timed(pair)
-        tiles = fastest_layout(pair.costs, pair.head_config) is not None
-    pair = _laid_out(pair, TILE if tiles else None)
+        tile = fastest_layout(pair.costs, pair.head_config)
+    pair = _laid_out(pair, tile)
     usual = head is None and cores() == os.cpu_count()  # others convert at every start: one layout is kept, not each
     if embedded and timed and usual and pair.target_config.weight_tile != kept:
         _keep_layout(pair.target_config, pair.params.target)

@@ -213,6 +213,8 @@ def test_loading_lays_out_what_timing_found(folders, monkeypatch):
     assert loaded(tiles=False) == (None, None)
     found[1] = Costs(64, slow, slow, 0.1)
     assert loaded() == (None, None)
+    found.clear()  # nothing to choose
+    assert loaded() == (None, None)
     with pytest.raises(JetSpecError, match="leave out tiles or mesh"):
         loaded(tiles=True, mesh=make_mesh(1))
     with pytest.raises(JetSpecError, match="tiles=False"):
