@@ -587,3 +587,9 @@ def test_both_spellings_of_the_causal_flag(tmp_path, dflash, causal):
             convert.read_head_config(source)
     else:
         assert convert.read_head_config(source).causal == causal
+
+
+def test_what_takes_long_shows_a_bar(monkeypatch, capsys):
+    monkeypatch.setattr(convert, "PATIENCE", 0)
+    convert.read_head(DATA / "dense" / "head")
+    assert "100%" in capsys.readouterr().err

@@ -204,7 +204,7 @@ def test_bad_prompt_files(tmp_path, content):
 def test_convert_as_a_module(tmp_path):
     done = run("-m", "converters", "head", DATA / "dense" / "head", tmp_path / "h")
     assert done.returncode == 0, done.stderr
-    assert "100%" in done.stderr  # the progress bar
+    assert done.stderr == ""  # so soon that a bar would only flicker
     done = run("-m", "converters", "export-head", tmp_path / "h", tmp_path / "back")
     assert done.returncode == 0, done.stderr
     before, after = (load_file(folder / "model.safetensors") for folder in (DATA / "dense" / "head", tmp_path / "back"))
